@@ -1,0 +1,45 @@
+# Each target first makes .venv where it is missing or older than the lock.
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+RUN := runs/digits-pixels
+NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
+
+.PHONY: train test book notebooks results lock lint clean
+.DELETE_ON_ERROR:
+
+train: .venv/ready  ## cluster the digits: scores, pictures and the executed notebook
+	$(BIN)/papermill notebooks/05_train.ipynb train.part.ipynb
+	mv train.part.ipynb $(RUN)/train.ipynb
+	@$(BIN)/python -c "import temi; print(temi.summary('$(RUN)'))"
+
+test: .venv/ready  ## unit tests, and every notebook against its stored outputs
+	$(BIN)/pytest --nbval
+
+book: .venv/ready  ## the book, warnings as errors: _build/html/index.html
+	$(BIN)/jupyter-book build . --all -W -n --keep-going
+
+notebooks: .venv/ready  ## run all notebooks again and store their outputs
+	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False $(NOTEBOOKS)
+
+results: .venv/ready  ## compute the tables in results/ again
+	$(BIN)/python benchmarks/digits_scores.py
+
+lock: .venv/ready  ## resolve the ranges of pyproject.toml for all Pythons and systems
+	$(BIN)/pip install uv
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
+		--upgrade --no-annotate --custom-compile-command "make lock" -o requirements.lock
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv _build
+
+.venv/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[notebooks,book,test]"
+	@touch $@

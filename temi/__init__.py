@@ -1,0 +1,24 @@
+"""Group images without labels: TEMI on features of pretrained backbones."""
+
+import lazy_loader
+
+# Names are imported when they are first used, so that `import temi` itself takes no time.
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["plots"],
+    submod_attrs={
+        "backbones": ["load_backbone"],
+        "baselines": ["kmeans"],
+        "config": ["RECIPES", "TrainConfig"],
+        "data": ["ImageSet", "load_images"],
+        "embeddings": ["Features", "embed"],
+        "ensemble": ["agreement_between_heads", "align_heads", "vote"],
+        "heads": ["MultiHead"],
+        "losses": ["temi_loss"],
+        "metrics": ["cluster_statistics", "evaluate", "match_clusters"],
+        "neighbors": ["nearest_neighbors"],
+        "parameters": ["read_parameters"],
+        "runs": ["Run", "plan_run", "save_run", "summary"],
+        "training": ["train"],
+    },
+)

@@ -1,0 +1,28 @@
+"""What TEMI is compared with: k-means on the same embeddings."""
+
+import numpy as np
+
+from temi.embeddings import normalize
+
+
+def kmeans(x: np.ndarray, num_clusters: int, how: str = "center-l2", seed: int = 0) -> np.ndarray:
+    """Cluster embeddings with k-means (scikit-learn, k-means++ starts, best of 10).
+
+    Parameters
+    ----------
+    x : ndarray [N, D]
+        Embeddings.
+    num_clusters : int
+    how : {"none", "l2", "center-l2"}
+        What is done to the embeddings first; see :func:`temi.embeddings.normalize`.
+    seed : int
+
+    Returns
+    -------
+    ndarray [N], int32
+        Cluster of each row.
+    """
+    from sklearn.cluster import KMeans
+
+    model = KMeans(num_clusters, n_init=10, random_state=seed)
+    return model.fit_predict(normalize(x, how))

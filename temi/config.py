@@ -1,0 +1,268 @@
+"""Every setting of a training run, its range and its reason, and the recipes."""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": dict(
+        num_heads=16,
+        beta=0.6,
+        loss="temi",
+        student_temp=0.1,
+        teacher_temp=0.07,
+        teacher_momentum=0.9,
+        learning_rate=2e-3,
+        epochs=30,
+        batch_size=128,
+        num_neighbors=10,
+        warmup_epochs=2,
+        schedule="constant",
+        weight_decay=1e-4,
+        normalize="center-l2",
+    ),
+    "paper": dict(
+        num_heads=16,
+        beta=0.6,
+        loss="temi",
+        student_temp=0.1,
+        teacher_temp=0.1,
+        teacher_momentum=0.996,
+        learning_rate=1e-4,
+        epochs=100,
+        batch_size=512,
+        num_neighbors=50,
+        warmup_epochs=20,
+        schedule="constant",
+        weight_decay=1e-4,
+        normalize="none",
+    ),
+}
+"""Values of the settings that are not given. ``paper`` holds the authors' published settings;
+``fast`` is the default."""
+
+
+def _number(kind, description, sensible, **limits):
+    return Annotated[kind, Field(description=f"{description}; sensible: {sensible}", **limits)]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    A setting that is None takes its value from ``recipe``; after construction no setting is None
+    but ``num_clusters`` (filled in by :meth:`resolve`) and ``clip_grad`` (no clipping). Each
+    annotation states the hard limits, and the range that makes sense in practice.
+
+    Raises
+    ------
+    ValueError
+        One line that names the setting, its value and what is allowed.
+    """
+
+    num_clusters: _number(
+        int | None,
+        "clusters K; None: the number of classes where the data set has classes",
+        "2 to some thousand",
+        ge=2,
+    ) = None
+    recipe: Annotated[
+        Literal["fast", "paper"], Field(description="source of all settings that are None")
+    ] = "fast"
+    num_heads: _number(int, "clustering heads H", "4 to 32", ge=1) = None
+    beta: _number(
+        float,
+        "exponent of the pair term: 1 is mutual information, lower spreads images over clusters",
+        "0.5 to 1",
+        gt=0,
+        le=1,
+    ) = None
+    loss: Annotated[
+        Literal["temi", "wmi", "pmi"],
+        Field(description="pair weight of all heads (temi), of each head (wmi), or none (pmi)"),
+    ] = None
+    student_temp: _number(
+        float, "softmax temperature of the student", "0.05 to 0.2", gt=0, le=10
+    ) = None
+    teacher_temp: _number(
+        float, "softmax temperature of the teacher", "0.04 to 0.2", gt=0, le=10
+    ) = None
+    teacher_momentum: _number(
+        float, "share of the teacher that a step keeps", "0.9 to 0.999", ge=0, lt=1
+    ) = None
+    learning_rate: _number(
+        float,
+        "AdamW's learning rate per 256 images, scaled linearly with the batch",
+        "1e-5 to 3e-3",
+        gt=0,
+        le=100,
+    ) = None
+    epochs: _number(int, "passes over the images", "5 to 200", ge=1) = None
+    batch_size: _number(int, "pairs in a step", "64 to 1024", ge=1) = None
+    num_neighbors: _number(int, "nearest neighbours that pairs are drawn from", "5 to 50", ge=1) = (
+        None
+    )
+    warmup_epochs: _number(
+        int, "epochs in which the learning rate rises linearly from zero", "0 to 20", ge=0
+    ) = None
+    schedule: Annotated[
+        Literal["constant", "cosine"], Field(description="learning rate after the warm-up")
+    ] = None
+    weight_decay: _number(
+        float, "AdamW's decay of weights and gains, not of biases", "0 to 0.1", ge=0, le=1
+    ) = None
+    clip_grad: _number(
+        float | None, "largest norm of a step's gradient; None: no limit", "1 to 10", gt=0
+    ) = None
+    normalize: Annotated[
+        Literal["none", "l2", "center-l2"],
+        Field(description="what is done to the embeddings before the heads see them"),
+    ] = None
+    seed: Annotated[
+        int, Field(description="of initial weights, order and pairs", ge=0, lt=2**63)
+    ] = 0
+    device: Annotated[
+        str, Field(description="'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:N', 'mps'")
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        Field(description="of matrix products; 'auto': bf16 on a GPU that has it, else fp32"),
+    ] = "auto"
+
+    def __post_init__(self):
+        check_types(self, "recipe")
+        for name, value in RECIPES[self.recipe].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        check_types(self)
+        resolve_device(self.device)
+
+    def resolve(self, num_images: int, num_classes: int | None = None) -> "TrainConfig":
+        """This configuration, held against the size of the data.
+
+        Parameters
+        ----------
+        num_images : int
+            Images that will be trained on.
+        num_classes : int, optional
+            Taken for ``num_clusters`` where that is None.
+
+        Returns
+        -------
+        TrainConfig
+            With ``num_clusters`` set.
+
+        Raises
+        ------
+        ValueError
+            If clusters, neighbours or batch do not fit the number of images, or the number of
+            clusters is not known.
+        """
+        clusters = num_classes if self.num_clusters is None else self.num_clusters
+        if clusters is None:
+            raise ValueError(
+                "num_clusters=None: these images have no known classes; give a whole number from 2"
+            )
+        for name, value, largest in (
+            ("num_clusters", clusters, num_images),
+            ("num_neighbors", self.num_neighbors, num_images - 1),
+            ("batch_size", self.batch_size, num_images),
+        ):
+            if value > largest:
+                raise ValueError(
+                    f"{name}={value}: at most {largest} is allowed with {num_images} images"
+                )
+        return dataclasses.replace(self, num_clusters=clusters)
+
+    def changes(self) -> dict[str, Any]:
+        """Settings, but for the device, that differ from those of the recipe alone."""
+        reference = TrainConfig(recipe=self.recipe)
+        ignored = {"recipe", "device"}
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ignored
+            and getattr(self, field.name) != getattr(reference, field.name)
+        }
+
+
+def resolve_device(device: str):
+    """Torch device for a name; ``auto`` is the first of CUDA, MPS and CPU that is there.
+
+    Raises
+    ------
+    ValueError
+        If there is no device of that name on this machine.
+    """
+    import torch
+
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available[:0] = ["cuda"] * (gpus > 0) + [f"cuda:{index}" for index in range(gpus)]
+    if device == "auto":
+        return torch.device(available[0])
+    if device not in available:
+        raise ValueError(f"device={device!r}: this machine has {', '.join(['auto', *available])}")
+    return torch.device(device)
+
+
+def check_types(settings, *names: str) -> None:
+    """Hold the fields of a dataclass against their annotations, types strictly.
+
+    Strictly means that 100.0 is no whole number and "false" no truth value: papermill hands over
+    whatever it was given.
+
+    Parameters
+    ----------
+    settings : dataclass instance
+    names : str
+        Fields to check; all of them when none is named.
+
+    Raises
+    ------
+    ValueError
+        One line with the first field that does not fit, its value and what is allowed.
+    """
+    for name, adapter in _adapters(type(settings)).items():
+        if names and name not in names:
+            continue
+        value = getattr(settings, name)
+        try:
+            adapter.validate_python(value)
+        except ValidationError:
+            hint = get_type_hints(type(settings), include_extras=True)[name]
+            raise ValueError(f"{name}={value!r}: {allowed(hint)} is allowed") from None
+
+
+@functools.cache
+def _adapters(cls) -> dict[str, TypeAdapter]:
+    strict = ConfigDict(strict=True, allow_inf_nan=False)
+    hints = get_type_hints(cls, include_extras=True)
+    return {name: TypeAdapter(hint, config=strict) for name, hint in hints.items()}
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
+
+
+def allowed(hint) -> str:
+    """In words, the values that an annotation admits."""
+    if get_origin(hint) is Annotated:
+        kind, field = get_args(hint)
+        limits = [
+            f"{word} {getattr(limit, key):g}"
+            for limit in field.metadata
+            for key, word in _LIMITS.items()
+            if hasattr(limit, key) and math.isfinite(getattr(limit, key))
+        ]
+        return " ".join([allowed(kind), *limits])
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    parts = get_args(hint) or (hint,)
+    return " or ".join(_KINDS.get(part, "None") for part in parts)

@@ -1,0 +1,57 @@
+"""Where files go, and that they appear whole or not at all."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from boltons.fileutils import atomic_save
+
+_PLAIN = re.compile(r"[a-z0-9_]([a-z0-9._+-]{0,58}[a-z0-9_+-])?")
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # what Windows keeps for itself
+
+
+def home() -> Path:
+    """Folder below which everything is written.
+
+    The environment variable ``TEMI_HOME`` where it is set; else the project's root, where this
+    package is used from a checkout; else the current folder.
+    """
+    if os.environ.get("TEMI_HOME"):
+        return Path(os.environ["TEMI_HOME"]).absolute()
+    checkout = Path(__file__).parents[1]
+    return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+def path_part(name: str) -> str:
+    """A folder name for any data set, backbone or folder, valid on every system.
+
+    Short names of lower-case letters, digits and ``_ . + -`` stay as they are; any other keeps its
+    safe characters and gets a hash of the whole, so that two names never share a folder.
+    """
+    if _PLAIN.fullmatch(name) and not _DEVICES.fullmatch(name):
+        return name
+    safe = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")[-40:]
+    return f"{safe}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}".lstrip("-")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file through a temporary one beside it, flushed and renamed."""
+    with atomic_save(path, text_mode=True, overwrite_part=True) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; NaN and infinity, which JSON has not, are an error."""
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,125 @@
+"""Figures that are used more than once."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+_PALETTE = sns.color_palette("colorblind").as_hex()
+COLORS = {  # the same quantity has the same colour in every chapter
+    "kmeans": _PALETTE[7],
+    "mean_head": _PALETTE[9],
+    "best_head": _PALETTE[1],
+    "ensemble": _PALETTE[0],
+    "right": _PALETTE[2],
+    "wrong": _PALETTE[3],
+}
+
+
+def use_style() -> None:
+    """The look of all figures: light grid, screen size, white ground in light and dark pages."""
+    sns.set_theme(style="whitegrid", context="notebook", palette="colorblind", font_scale=0.9)
+    plt.rcParams.update(
+        {"figure.dpi": 100, "savefig.dpi": 100, "figure.constrained_layout.use": True}
+    )
+
+
+def training_curves(history: Sequence[dict], num_clusters: int) -> Figure:
+    """Loss of each head, and entropy of the marginals, over the epochs of a run.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        From :attr:`temi.Run.history`.
+    num_clusters : int
+        For the largest entropy there can be, log K.
+    """
+    epochs = [entry["epoch"] for entry in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    left.plot(epochs, [entry["head_losses"] for entry in history], lw=1, color=COLORS["mean_head"])
+    left.set(title="Every head's loss falls and levels off", xlabel="epoch", ylabel="loss (nats)")
+    entropies = [entry["marginal_entropy"] for entry in history]
+    right.plot(epochs, entropies, color=COLORS["ensemble"], label="mean over heads")
+    right.axhline(np.log(num_clusters), ls="--", lw=1, color="0.3", label="all clusters equal")
+    right.set(
+        title="Clusters stay in use", xlabel="epoch", ylabel="marginal entropy (nats)", ylim=0
+    )
+    right.legend(loc="lower right")
+    plt.close(figure)
+    return figure
+
+
+def agreement_histogram(agreement: np.ndarray, num_heads: int) -> Figure:
+    """How many images have the vote of how many heads."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    votes = np.round(agreement * num_heads).astype(int)
+    sns.histplot(x=votes, discrete=True, color=COLORS["ensemble"], ax=axis)
+    axis.set(
+        title="Most images have nearly every head behind their label",
+        xlabel=f"heads that voted with the winner (of {num_heads})",
+        ylabel="images",
+    )
+    plt.close(figure)
+    return figure
+
+
+def image_rows(images: np.ndarray, rows: Sequence[Sequence[int]], titles: Sequence[str]) -> Figure:
+    """Rows of pictures with a title each.
+
+    Parameters
+    ----------
+    images : ndarray [N, height, width] or [N, height, width, 3], uint8
+    rows : sequence of sequences of int
+        Indices of the images of each row; rows may differ in length.
+    titles : sequence of str
+        Written to the left of each row.
+
+    Returns
+    -------
+    Figure
+        Not shown yet, and closed for pyplot.
+    """
+    longest = max((len(row) for row in rows), default=1)
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(0.5 * longest + 1.6, 0.55 * len(rows)), squeeze=False
+    )
+    blank = np.full_like(images[0], 255)
+    edge = [(1, 1), (1, 1)] + [(0, 0)] * (blank.ndim - 2)  # a white line around each picture
+    for axis, row, title in zip(axes.flat, rows, titles, strict=True):
+        tiles = [images[index] for index in row] + [blank] * (longest - len(row))
+        strip = np.hstack([np.pad(tile, edge, constant_values=255) for tile in tiles])
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(title, rotation=0, ha="right", va="center")
+        sns.despine(ax=axis, left=True, bottom=True)
+    plt.close(figure)
+    return figure
+
+
+def surest_first(labels: np.ndarray, agreement: np.ndarray, cluster: int) -> np.ndarray:
+    """Indices of a cluster's images, those that most heads agree on first."""
+    members = np.flatnonzero(labels == cluster)
+    return members[np.argsort(-agreement[members], kind="stable")]
+
+
+def cluster_rows(
+    images: np.ndarray, labels: np.ndarray, agreement: np.ndarray, per_row: int = 16
+) -> Figure:
+    """Each cluster as a row of its surest images, largest cluster first.
+
+    Parameters
+    ----------
+    images : ndarray [N, height, width] or [N, height, width, 3], uint8
+    labels : ndarray [N] of int
+        Cluster of each image.
+    agreement : ndarray [N]
+        Share of heads behind each label.
+    per_row : int
+        Images of each cluster; 16 fit a page.
+    """
+    clusters, sizes = np.unique(labels, return_counts=True)
+    order = clusters[np.argsort(-sizes, kind="stable")]
+    rows = [surest_first(labels, agreement, cluster)[:per_row] for cluster in order]
+    return image_rows(images, rows, [f"{c}  ({(labels == c).sum()})" for c in order])

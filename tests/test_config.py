@@ -1,0 +1,86 @@
+import dataclasses
+
+import pytest
+import torch
+
+from temi.config import RECIPES, TrainConfig, resolve_device
+
+
+def test_settings_come_from_the_recipe_unless_given():
+    for recipe, values in RECIPES.items():
+        config = TrainConfig(recipe=recipe, beta=0.9)
+        for name, value in values.items():
+            assert getattr(config, name) == (0.9 if name == "beta" else value)
+
+
+def test_paper_recipe_holds_the_published_settings():
+    paper = TrainConfig(recipe="paper")
+    assert (paper.learning_rate, paper.warmup_epochs, paper.schedule) == (1e-4, 20, "constant")
+    assert (paper.beta, paper.student_temp, paper.teacher_temp) == (0.6, 0.1, 0.1)
+    assert (paper.num_heads, paper.num_neighbors, paper.batch_size) == (16, 50, 512)
+    assert (paper.teacher_momentum, paper.weight_decay, paper.epochs) == (0.996, 1e-4, 100)
+    assert paper.normalize == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("beta", 0.0, "a number above 0 up to 1"),
+        ("beta", -0.5, "a number above 0 up to 1"),
+        ("beta", 1.5, "a number above 0 up to 1"),
+        ("beta", float("nan"), "a number above 0 up to 1"),
+        ("beta", "0.6", "a number above 0 up to 1"),
+        ("num_heads", 0, "a whole number from 1"),
+        ("num_heads", -3, "a whole number from 1"),
+        ("num_heads", True, "a whole number from 1"),
+        ("num_clusters", 1, "a whole number or None from 2"),
+        ("epochs", 0, "a whole number from 1"),
+        ("epochs", 100.0, "a whole number from 1"),
+        ("learning_rate", float("inf"), "a number above 0 up to 100"),
+        ("teacher_momentum", 1.0, "a number from 0 below 1"),
+        ("recipe", "slow", "one of 'fast', 'paper'"),
+        ("loss", "scan", "one of 'temi', 'wmi', 'pmi'"),
+        ("normalize", "whiten", "one of 'none', 'l2', 'center-l2'"),
+        ("device", 3, "text"),
+    ],
+)
+def test_bad_values_are_named_in_one_line(name, value, allowed):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
+        TrainConfig(**{name: value})
+    assert str(error.value) == f"{name}={value!r}: {allowed} is allowed"
+
+
+def test_whole_numbers_do_for_real_ones():
+    assert TrainConfig(beta=1).beta == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_clusters=201), "num_clusters=201: at most 200 is allowed with 200 images"),
+        (dict(num_neighbors=200), "num_neighbors=200: at most 199 is allowed with 200 images"),
+        (dict(batch_size=201), "batch_size=201: at most 200 is allowed with 200 images"),
+        (dict(), "num_clusters=None: these images have no known classes"),
+    ],
+)
+def test_settings_are_held_against_the_data(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings).resolve(200, None if not settings else 10)
+
+
+def test_number_of_clusters_is_that_of_the_classes():
+    assert TrainConfig().resolve(1797, 10).num_clusters == 10
+    assert TrainConfig(num_clusters=20).resolve(1797, 10).num_clusters == 20
+
+
+def test_changes_name_what_differs_from_the_recipe():
+    config = TrainConfig(num_clusters=7, recipe="paper", beta=0.7, seed=2, device="cpu")
+    assert config.changes() == {"num_clusters": 7, "beta": 0.7, "seed": 2}
+    assert dataclasses.replace(config, num_clusters=None, beta=0.6, seed=0).changes() == {}
+
+
+def test_devices():
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match=r"device='tpu': this machine has auto, .*cpu"):
+        TrainConfig(device="tpu")

@@ -1,0 +1,112 @@
+import dataclasses
+import json
+import warnings
+
+import numpy as np
+import pytest
+
+from temi.data import load_images
+from temi.embeddings import Features, check_embeddings, embed, mean_embedding, normalize
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_images("digits")
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pixels_are_the_grey_values(images, tmp_path):
+    features = embed(images, "pixels", data_dir=tmp_path)
+    assert features.x.dtype == np.float32
+    np.testing.assert_array_equal(features.x, images.images.reshape(1797, 64) / np.float32(255))
+    assert features.ids == images.ids
+
+
+def test_second_time_reads_the_cache(images, tmp_path):
+    first = embed(images, data_dir=tmp_path)
+    (manifest,) = tmp_path.rglob("manifest.json")
+    assert manifest.parent == tmp_path / "embeddings" / "digits" / "pixels"
+    written = manifest.stat().st_mtime_ns
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(embed(images, data_dir=tmp_path).x, first.x)
+        assert manifest.stat().st_mtime_ns == written
+        embed(images, data_dir=tmp_path, force_recompute=True)
+    assert manifest.stat().st_mtime_ns > written
+
+
+def test_other_images_are_never_given_stale_embeddings(images, tmp_path):
+    embed(images, data_dir=tmp_path)
+    other = dataclasses.replace(images, images=images.images[::-1])
+    with pytest.warns(UserWarning, match="computed anew: dataset_fingerprint was"):
+        features = embed(other, data_dir=tmp_path)
+    np.testing.assert_array_equal(features.x[0], embed(other, data_dir=tmp_path).x[0])
+    np.testing.assert_array_equal(features.x[0] * 255, other.images[0].ravel())
+
+
+def test_a_flipped_byte_is_noticed(images, tmp_path):
+    expected = embed(images, data_dir=tmp_path)
+    (array,) = tmp_path.rglob("embeddings.npy")
+    content = bytearray(array.read_bytes())
+    content[5000] ^= 1
+    array.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"embeddings\.npy is not the file"):
+        again = embed(images, data_dir=tmp_path)
+    np.testing.assert_array_equal(again.x, expected.x)
+
+
+def test_manifest(images, tmp_path):
+    features = embed(images, data_dir=tmp_path)
+    manifest = json.loads(files(tmp_path)["manifest.json"])
+    assert manifest == features.manifest
+    assert manifest["dataset_fingerprint"] == images.fingerprint
+    assert manifest["shape"] == [1797, 64]
+    assert json.loads(files(tmp_path)["ids.json"]) == list(images.ids)
+
+
+def rows(**changes) -> np.ndarray:
+    x = np.ones((5, 3), dtype=changes.pop("dtype", np.float32))
+    for row, value in changes.items():
+        x[int(row.removeprefix("row")), 1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (rows(row3=np.nan, row4=np.nan), "row 3 holds NaN"),
+        (rows(row2=-np.inf), "row 2 holds infinity"),
+        (np.diag([1.0, 0, 1]), "row 1 holds only zeros"),
+        (np.ones(4), r"shape \(4,\): an array of two dimensions"),
+        (np.ones((2, 2, 2)), r"shape \(2, 2, 2\)"),
+        ([[1.0]], "shape None"),
+        (rows(dtype=np.int64), "dtype int64"),
+        (np.array([["a"]]), "dtype <U1"),
+        (rows(dtype=np.complex64), "dtype complex64"),
+    ],
+)
+def test_bad_embeddings_are_named(x, message):
+    with pytest.raises(ValueError, match=message):
+        check_embeddings(x)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_own_arrays(dtype):
+    features = Features.from_array(rows(dtype=dtype))
+    assert (features.dataset, features.backbone, len(features)) == ("array", "own", 5)
+
+
+def test_normalize():
+    x = np.random.default_rng(0).normal(3, 1, size=(50, 4)).astype(np.float32)
+    np.testing.assert_array_equal(normalize(x, "none"), x)
+    np.testing.assert_allclose(np.linalg.norm(normalize(x, "l2"), axis=1), 1, rtol=1e-6)
+    centred = x - x.mean(axis=0)
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    np.testing.assert_allclose(normalize(x, "center-l2"), expected, atol=1e-6)
+    mean = mean_embedding(x, "center-l2")  # new images: the old mean
+    np.testing.assert_allclose(normalize(x[:3], "center-l2", mean), expected[:3], atol=1e-6)
+    assert not mean_embedding(x, "l2").any()
+    assert np.isfinite(normalize(np.ones((3, 2), np.float32), "center-l2")).all()

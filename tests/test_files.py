@@ -1,0 +1,50 @@
+import json
+import math
+
+import pytest
+
+from temi.files import home, path_part, sha256, write_json, write_whole
+
+
+def test_plain_names_stay():
+    for name in ("digits", "cifar10", "dinov2_vits14", "beta0.7", "a+b"):
+        assert path_part(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["timm:x", "../x", "my photos", "con", "nul.txt", "A", "a", "x.", "", "é", "a" * 300, "a/b"],
+)
+def test_any_name_becomes_a_valid_part(name):
+    part = path_part(name)
+    assert part == part.lower()
+    assert 0 < len(part) <= 64
+    assert set(part) <= set("abcdefghijklmnopqrstuvwxyz0123456789_.+-")
+    assert part.split(".")[0] not in ("con", "nul", "")
+    assert not part.endswith(".")
+
+
+def test_names_that_look_alike_stay_apart():
+    names = ["a b", "a-b", "a/b", "A-B", "a:b", "a.b."]
+    assert len({path_part(name) for name in names}) == len(names)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "x.json"
+    write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(file, {"a": math.nan})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_sha256(tmp_path):
+    write_whole(tmp_path / "abc", "abc")
+    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
+
+
+def test_home_is_where_the_variable_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path))
+    assert home() == tmp_path
+    monkeypatch.delenv("TEMI_HOME")
+    assert (home() / "pyproject.toml").exists()

@@ -1,0 +1,66 @@
+import pytest
+
+from temi.parameters import JobConfig, read_parameters
+
+OWN = '# Parameters\ndataset: str = "digits"  # data set\nbeta: float = None\nnum_heads: int = None'
+
+
+def notebook(*injected: str) -> dict:
+    """Globals of a notebook after its parameters cell and papermill's own cells."""
+    cells = ["", OWN, *injected, "import temi"]
+    namespace = {"In": cells}
+    for cell in cells[:-1]:
+        exec(cell, namespace)
+    return namespace
+
+
+def test_parameters_of_the_notebook():
+    job, config = read_parameters(notebook())
+    assert (job.dataset, job.backbone, config.beta) == ("digits", "pixels", 0.6)
+
+
+def test_injected_values_win():
+    job, config = read_parameters(notebook("# Parameters\nbeta = 0.7\nnum_heads = 4\n"))
+    assert (config.beta, config.num_heads) == (0.7, 4)
+    assert job == JobConfig()
+
+
+def test_other_names_in_the_notebook_do_not_matter():
+    namespace = notebook()
+    namespace |= {"batch_size": "something else", "bta": 3}
+    assert read_parameters(namespace)[1].batch_size == 128
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "bta = 0.7",
+            r"bta=0\.7: there is no such parameter here \(did you mean 'beta'\?\); "
+            "allowed are dataset, beta, num_heads",
+        ),
+        ("split = 'test'", "split='test': there is no such parameter here; allowed are"),
+        ("beta = 0.0", r"beta=0\.0: a number above 0 up to 1 is allowed"),
+        ("num_heads = 1e2", r"num_heads=100\.0: a whole number from 1 is allowed"),
+        ("dataset = 'mnist'", "dataset='mnist': one of 'digits' is allowed"),
+        ("dataset = 5", "dataset=5: text is allowed"),
+    ],
+)
+def test_bad_parameters_are_named_in_one_line(cell, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_parameters(notebook(f"# Parameters\n{cell}\n"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(force_recompute="false"), "force_recompute='false': True or False is allowed"),
+        (dict(overwrite=1), "overwrite=1: True or False is allowed"),
+        (dict(run_dir=3), "run_dir=3: text or None is allowed"),
+        (dict(backbone="resnet"), "backbone='resnet': one of 'pixels' is allowed"),
+    ],
+)
+def test_bad_jobs(settings, message):
+    with pytest.raises(ValueError, match=message):
+        JobConfig(**settings)

@@ -1,0 +1,146 @@
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from temi.config import TrainConfig
+from temi.data import load_images
+from temi.embeddings import embed
+from temi.metrics import evaluate
+from temi.parameters import JobConfig
+from temi.runs import default_run_dir, plan_run, summary
+from temi.training import train
+
+QUICK = TrainConfig(num_heads=2, epochs=2, num_neighbors=5)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_images("digits")
+
+
+@pytest.fixture(scope="module")
+def features(images):
+    return embed(images)
+
+
+@pytest.fixture(scope="module")
+def finished(images, features, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "digits-pixels"
+    return train(features, QUICK, images=images, run_dir=run_dir, progress=False), run_dir
+
+
+def test_files(finished):
+    run, run_dir = finished
+    names = {"assignments.csv", "clusters.png", "config.json", "final_results.json"}
+    assert {path.name for path in run_dir.iterdir()} == names
+    assert not [path for path in run_dir.parent.iterdir() if path != run_dir]
+    assert json.loads((run_dir / "config.json").read_text()) == {
+        "dataset": "digits", "backbone": "pixels", **dataclasses.asdict(run.config)
+    }  # fmt: skip
+
+
+def test_results(finished, images):
+    run, run_dir = finished
+    results = json.loads((run_dir / "final_results.json").read_text())
+    assert results["metrics"] == evaluate(run.labels, images.labels)
+    assert results["best_head"]["loss"] == min(head["loss"] for head in results["per_head"])
+    assert results["mean_head"]["acc"] == pytest.approx(
+        np.mean([evaluate(labels, images.labels)["acc"] for labels in run.head_labels])
+    )
+    assert set(results["kmeans"]) == {"none", "center-l2"}
+    assert 0.7 < results["kmeans"]["none"]["acc"] < 0.85
+    assert sum(results["cluster_statistics"]["sizes"]) == 1797
+    assert len(results["history"]) == 2
+    assert results["history"][-1]["ensemble_acc"] == pytest.approx(results["metrics"]["acc"])
+    assert results["config"]["num_clusters"] == 10
+    assert "-p num_heads 2" in results["provenance"]["command"]
+
+
+def test_assignments(finished, images):
+    run, run_dir = finished
+    table = pd.read_csv(run_dir / "assignments.csv")
+    assert table["id"].tolist() == list(images.ids)
+    np.testing.assert_array_equal(table["cluster"], run.labels)
+    np.testing.assert_allclose(table["agreement"], run.agreement)
+
+
+def test_without_labels_there_are_no_scores(images, features, tmp_path):
+    unlabelled = dataclasses.replace(images, labels=None, class_names=())
+    config = dataclasses.replace(QUICK, num_clusters=10)
+    train(features, config, images=unlabelled, run_dir=tmp_path / "run", progress=False)
+    results = json.loads((tmp_path / "run" / "final_results.json").read_text())
+    assert results["metrics"] == dict.fromkeys(("acc", "nmi", "anmi", "ari"))
+    assert results["mean_head"]["acc"] is None
+    assert results["mean_head"]["loss"] is not None
+    assert "ensemble_acc" not in results["history"][0]
+
+
+def test_labels_change_nothing_but_scores(finished, images, features):
+    run, _ = finished
+    config = dataclasses.replace(QUICK, num_clusters=10)
+    np.testing.assert_array_equal(train(features, config, progress=False).labels, run.labels)
+
+
+def test_a_run_of_other_settings_is_never_overwritten(images, features, tmp_path):
+    run_dir = tmp_path / "run"
+    train(features, QUICK, images=images, run_dir=run_dir, progress=False)
+    before = (run_dir / "final_results.json").read_text()
+    other = dataclasses.replace(QUICK, beta=0.7)
+    with pytest.raises(
+        ValueError, match=r"holds a run with beta=0\.6 \(now 0\.7\); give overwrite"
+    ):
+        train(features, other, images=images, run_dir=run_dir, progress=False)
+    assert (run_dir / "final_results.json").read_text() == before
+    train(features, other, images=images, run_dir=run_dir, overwrite=True, progress=False)
+    assert json.loads((run_dir / "config.json").read_text())["beta"] == 0.7
+
+
+def test_a_finished_run_stays_until_its_successor_is_done(finished, images, features, monkeypatch):
+    _, run_dir = finished
+    before = (run_dir / "final_results.json").read_text()
+    monkeypatch.setattr("temi.plots.cluster_rows", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(features, QUICK, images=images, run_dir=run_dir, progress=False)
+    assert (run_dir / "final_results.json").read_text() == before
+    monkeypatch.undo()
+    train(features, QUICK, images=images, run_dir=run_dir, progress=False)
+    assert (run_dir / "final_results.json").read_text() != before  # the seconds differ
+    assert [path.name for path in run_dir.parent.iterdir()] == [run_dir.name]
+
+
+def test_a_folder_of_other_files_is_never_touched(images, features, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="holds files but no run"):
+        train(features, QUICK, images=images, run_dir=tmp_path, overwrite=True, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_default_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path))
+    names = {
+        "digits-pixels": TrainConfig(),
+        "digits-pixels-beta0.7": TrainConfig(beta=0.7, device="cpu"),
+        "digits-pixels-paper-num_heads4-seed1": TrainConfig(recipe="paper", num_heads=4, seed=1),
+        "digits-pixels-num_clusters20": TrainConfig(num_clusters=20),
+    }
+    for name, config in names.items():
+        assert default_run_dir("digits", "pixels", config) == tmp_path / "runs" / name
+
+
+def test_plan(images, monkeypatch, tmp_path):
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path))
+    config, run_dir = plan_run(JobConfig(run_dir="mine/a"), TrainConfig(), images)
+    assert config.num_clusters == 10
+    assert run_dir == tmp_path / "mine" / "a"
+    with pytest.raises(ValueError, match="batch_size=4000"):
+        plan_run(JobConfig(), TrainConfig(batch_size=4000), images)
+
+
+def test_summary(finished):
+    _, run_dir = finished
+    text = summary(run_dir)
+    for part in ("acc", "nmi", "anmi", "ari", "k-means", "final_results.json", "clusters.png"):
+        assert part in text

@@ -1,0 +1,134 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import make_blobs
+
+from temi.config import TrainConfig
+from temi.embeddings import Features
+from temi.metrics import cluster_accuracy
+from temi.training import draw_pairs, half_precision, learning_rate_at, train
+
+BLOBS, CLASSES = make_blobs(240, 8, centers=4, cluster_std=1.0, random_state=0)
+SMALL = TrainConfig(num_clusters=4, num_heads=3, epochs=8, batch_size=40, num_neighbors=5)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return train(BLOBS, SMALL, progress=False)
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return dict(run.teacher.named_parameters())
+
+
+def test_separate_blobs_are_found(run):
+    assert cluster_accuracy(run.labels, CLASSES) == 1
+    assert run.labels.shape == run.agreement.shape == (240,)
+    assert run.head_labels.shape == (3, 240)
+
+
+def test_same_seed_same_weights_other_seed_others(run):
+    again = train(BLOBS, SMALL, progress=False)
+    other = train(BLOBS, dataclasses.replace(SMALL, seed=1), progress=False)
+    for name, weight in weights(run).items():
+        assert torch.equal(weight, weights(again)[name])
+    assert not torch.equal(run.teacher.weight1, other.teacher.weight1)
+
+
+def test_features_and_arrays_are_the_same_thing(run):
+    again = train(Features.from_array(BLOBS), SMALL, progress=False)
+    np.testing.assert_array_equal(again.labels, run.labels)
+
+
+def test_prediction_repeats_the_training_labels(run):
+    np.testing.assert_array_equal(run.predict(BLOBS), run.labels)
+    np.testing.assert_array_equal(run.predict_heads(BLOBS), run.head_labels)
+    half = run.predict(BLOBS[:120])  # the mean is that of the training images
+    np.testing.assert_array_equal(half, run.labels[:120])
+
+
+def test_probabilities(run):
+    probs = run.predict_proba(BLOBS)
+    assert probs.shape == (240, 4)
+    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-5)
+    sure = run.agreement == 1
+    np.testing.assert_array_equal(probs[sure].argmax(axis=1), run.labels[sure])
+
+
+def test_history(run):
+    assert [entry["epoch"] for entry in run.history] == list(range(1, 9))
+    assert run.history[-1]["head_losses"] == run.head_losses.tolist()
+    assert run.best_head == run.head_losses.argmin()
+    assert 0 < run.history[-1]["marginal_entropy"] <= np.log(4) + 1e-6
+
+
+def test_last_layer_rests_in_the_first_epoch():
+    one = train(BLOBS, dataclasses.replace(SMALL, epochs=1), progress=False)
+    assert (one.teacher.gain == 1).all()
+    two = train(BLOBS, dataclasses.replace(SMALL, epochs=2), progress=False)
+    assert not (two.teacher.gain == 1).all()
+
+
+@pytest.mark.parametrize("loss", ["wmi", "pmi"])
+def test_other_losses_learn_too(loss):
+    run = train(BLOBS, dataclasses.replace(SMALL, loss=loss), progress=False)
+    assert cluster_accuracy(run.labels, CLASSES) > 0.9
+
+
+def test_bfloat16_gives_the_same_clusters(run):
+    half = train(BLOBS, dataclasses.replace(SMALL, precision="bf16"), progress=False)
+    assert cluster_accuracy(half.labels, run.labels) == 1
+
+
+def test_clipped_gradients_change_the_course(run):
+    clipped = train(BLOBS, dataclasses.replace(SMALL, clip_grad=1e-3), progress=False)
+    assert not torch.equal(clipped.teacher.weight1, run.teacher.weight1)
+
+
+def test_bad_data_stops_before_any_work(tmp_path):
+    x = BLOBS.copy()
+    x[7, 2] = np.nan
+    with pytest.raises(ValueError, match="row 7 holds NaN"):
+        train(x, SMALL, run_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="batch_size=40: at most 30"):
+        train(BLOBS[:30], SMALL, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_is_said(monkeypatch):
+    losses = torch.tensor([-1.0, float("nan"), -1.0])
+    monkeypatch.setattr("temi.training.training_step", lambda *_: losses)
+    with pytest.raises(FloatingPointError, match=r"epoch 1: the loss of head 1 is not finite"):
+        train(BLOBS, SMALL, progress=False)
+
+
+def test_pairs():
+    neighbors = torch.arange(100).unsqueeze(1) * 1000 + torch.arange(3)
+    pairs = draw_pairs(neighbors, 30, torch.Generator().manual_seed(0))
+    assert pairs.shape == (3, 60)
+    anchors, partners = (view.flatten() for view in pairs.chunk(2, dim=1))
+    assert len(set(anchors.tolist())) == 90  # each image at most once
+    torch.testing.assert_close(partners // 1000, anchors)  # a neighbour of that very anchor
+    assert set((partners % 1000).tolist()) == {0, 1, 2}
+
+
+def test_learning_rate():
+    config = TrainConfig(learning_rate=1e-3, batch_size=512, warmup_epochs=2, epochs=10)
+    rates = [learning_rate_at(step, 5, config) for step in range(50)]
+    np.testing.assert_allclose(rates[:10], 2e-3 * np.arange(1, 11) / 10)  # 512 / 256 = twice
+    np.testing.assert_allclose(rates[10:], 2e-3)
+    cosine = dataclasses.replace(config, schedule="cosine")
+    rates = [learning_rate_at(step, 5, cosine) for step in range(50)]
+    expected = 1e-3 * (1 + np.cos(np.pi * np.arange(40) / 40))
+    np.testing.assert_allclose(rates[10:], expected)
+    no_warmup = dataclasses.replace(config, warmup_epochs=0)
+    assert learning_rate_at(0, 5, no_warmup) == 2e-3
+
+
+def test_precision():
+    cpu = torch.device("cpu")
+    for precision, expected in (("fp32", False), ("auto", False), ("bf16", True)):
+        with half_precision(precision, cpu):
+            assert torch.is_autocast_enabled("cpu") == expected
