@@ -11,12 +11,12 @@ from temi.heads import MultiHead
 
 
 def align_heads(head_labels: np.ndarray, num_clusters: int, reference: int) -> np.ndarray:
-    """Give all heads the same cluster numbers.
+    """Give all heads the same cluster numbers, so that they agree as much as they can.
 
-    Cluster 3 of one head is not cluster 3 of another. Each head's clusters are matched one-to-one
-    with those of a reference so that most images agree (Hungarian matching of the table of
-    counts). The reference is one head at first, then the vote of all aligned heads, until nothing
-    changes.
+    Cluster 3 of one head is not cluster 3 of another. All heads first take the numbers of a
+    reference head, by Hungarian matching of the table of counts; then each in turn is matched with
+    all the others together, which never lowers the agreement summed over pairs of heads, until
+    nothing changes.
 
     Parameters
     ----------
@@ -25,26 +25,43 @@ def align_heads(head_labels: np.ndarray, num_clusters: int, reference: int) -> n
     num_clusters : int
         K.
     reference : int
-        Head whose numbers the others take; the one of the lowest loss is a good choice.
+        Head whose numbers the others take at first; the one of the lowest loss is a good choice.
 
     Returns
     -------
     ndarray [H, K], int64
         ``alignment[h, c]`` is the common number of head h's cluster c.
+
+    Notes
+    -----
+    The images are read once, for the tables of counts between all pairs of heads: time is linear in
+    N, memory H x H x K x K integers.
     """
-    target, alignment = head_labels[reference], None
-    for _ in range(10):  # settles in two or three rounds
-        updated = np.stack([_match(labels, target, num_clusters) for labels in head_labels])
-        if alignment is not None and (updated == alignment).all():
+    counts = np.array(
+        [[_counts(head, other, num_clusters) for other in head_labels] for head in head_labels]
+    )  # (H, H, K, K)
+    alignment = np.stack([_match(table) for table in counts[:, reference]])  # (H, K)
+    for _ in range(100):  # a handful does
+        before = alignment.copy()
+        for head, tables in enumerate(counts):
+            own_numbers = alignment.argsort(axis=1)  # (H, K), of each common number
+            with_others = np.take_along_axis(tables, own_numbers[:, None, :], axis=2).sum(axis=0)
+            with_itself = tables[head][:, own_numbers[head]]
+            alignment[head] = _match(with_others - with_itself)
+        if (alignment == before).all():
             break
-        alignment = updated
-        target, _ = vote(relabel(head_labels, alignment), num_clusters, reference)
     return alignment
 
 
-def _match(labels: np.ndarray, target: np.ndarray, num_clusters: int) -> np.ndarray:
-    counts = np.bincount(labels * num_clusters + target, minlength=num_clusters**2)
-    return linear_sum_assignment(counts.reshape(num_clusters, -1), maximize=True)[1]
+def _counts(labels: np.ndarray, others: np.ndarray, num_clusters: int) -> np.ndarray:
+    """How many images have each pair of labels [K, K]."""
+    pairs = np.bincount(labels * num_clusters + others, minlength=num_clusters**2)
+    return pairs.reshape(num_clusters, num_clusters).astype(np.int32)
+
+
+def _match(counts: np.ndarray) -> np.ndarray:
+    """Column of each row in the one-to-one matching of the largest sum."""
+    return linear_sum_assignment(counts, maximize=True)[1]
 
 
 def relabel(head_labels: np.ndarray, alignment: np.ndarray) -> np.ndarray:

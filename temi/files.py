@@ -13,6 +13,9 @@ _PLAIN = re.compile(r"[a-z0-9_]([a-z0-9._+-]{0,58}[a-z0-9_+-])?")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # what Windows keeps for itself
 
 
+CHECKOUT = Path(__file__).parents[1]
+
+
 def home() -> Path:
     """Folder below which everything is written.
 
@@ -21,8 +24,12 @@ def home() -> Path:
     """
     if os.environ.get("TEMI_HOME"):
         return Path(os.environ["TEMI_HOME"]).absolute()
-    checkout = Path(__file__).parents[1]
-    return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+    return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+
+
+def results_file(name: str) -> Path:
+    """Path of a table in the checkout's folder ``results``, which chapters read."""
+    return CHECKOUT / "results" / name
 
 
 def path_part(name: str) -> str:

@@ -75,6 +75,16 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
     )
 
 
+def is_default(job: JobConfig, config: TrainConfig) -> bool:
+    """Whether a notebook runs as it is stored, so that what its text claims can be checked.
+
+    Where files go does not matter, nor the device.
+    """
+    default = JobConfig()
+    same_data = (job.dataset, job.backbone) == (default.dataset, default.backbone)
+    return same_data and config.recipe == TrainConfig().recipe and not config.changes()
+
+
 def _assigned(cell: str) -> dict[str, None]:
     """Names that the statements of a cell assign, in order."""
     targets = []

@@ -47,6 +47,8 @@ def training_curves(history: Sequence[dict], num_clusters: int) -> Figure:
         title="Clusters stay in use", xlabel="epoch", ylabel="marginal entropy (nats)", ylim=0
     )
     right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     plt.close(figure)
     return figure
 

@@ -23,6 +23,20 @@ def test_alignment_undoes_permutations():
     np.testing.assert_array_equal(aligned, np.tile(heads[3], (8, 1)))
 
 
+def test_alignment_maximises_the_agreement_of_all_pairs():
+    """Against trying every numbering of three heads with three clusters."""
+    for seed in range(20):
+        heads = np.random.default_rng(seed).integers(3, size=(3, 40))
+
+        def agreement(alignment, heads=heads):
+            return agreement_between_heads(relabel(heads, np.array(alignment))).sum()
+
+        numberings = list(itertools.permutations(range(3)))
+        best = max(map(agreement, itertools.product(numberings, repeat=3)))
+        reached = max(agreement(align_heads(heads, 3, reference)) for reference in range(3))
+        assert reached > 0.97 * best
+
+
 def test_vote_is_better_than_its_heads():
     rng = np.random.default_rng(1)
     labels = rng.integers(K, size=2000)

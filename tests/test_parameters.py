@@ -1,6 +1,7 @@
 import pytest
 
-from temi.parameters import JobConfig, read_parameters
+from temi.config import TrainConfig
+from temi.parameters import JobConfig, is_default, read_parameters
 
 OWN = '# Parameters\ndataset: str = "digits"  # data set\nbeta: float = None\nnum_heads: int = None'
 
@@ -64,3 +65,10 @@ def test_bad_parameters_are_named_in_one_line(cell, message):
 def test_bad_jobs(settings, message):
     with pytest.raises(ValueError, match=message):
         JobConfig(**settings)
+
+
+def test_default_runs_are_told_apart():
+    assert is_default(JobConfig(run_dir="mine", force_recompute=True), TrainConfig(device="cpu"))
+    assert not is_default(JobConfig(), TrainConfig(beta=0.7))
+    assert not is_default(JobConfig(), TrainConfig(recipe="paper"))
+    assert not is_default(JobConfig(), TrainConfig(num_clusters=10))
