@@ -23,9 +23,10 @@ book: .venv/ready  ## the book, warnings as errors: _build/html/index.html
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
 notebooks: .venv/ready  ## run all notebooks again and store their outputs
-	$(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False $(NOTEBOOKS)
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 
-results: .venv/ready  ## compute the tables in results/ again
+results: .venv/ready  ## compute the tables and figures in results/ again
 	$(BIN)/python benchmarks/digits_scores.py
 
 lock: .venv/ready  ## resolve the ranges of pyproject.toml for all Pythons and systems
