@@ -23,7 +23,7 @@ book: .venv/ready  ## the book, warnings as errors: _build/html/index.html
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
 notebooks: .venv/ready  ## run all notebooks again and store their outputs
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 
 results: .venv/ready  ## compute the tables and figures in results/ again

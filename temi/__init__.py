@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "files": ["results_file"],
         "heads": ["MultiHead"],
         "losses": ["temi_loss"],
-        "metrics": ["cluster_statistics", "evaluate", "match_clusters"],
+        "metrics": ["cluster_statistics", "evaluate", "match_clusters", "matched_counts"],
         "neighbors": ["nearest_neighbors"],
         "parameters": ["JobConfig", "is_default", "read_parameters"],
         "runs": ["Run", "plan_run", "save_run", "summary"],

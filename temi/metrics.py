@@ -1,6 +1,7 @@
 """Scores of a clustering. Those that take classes use them after the fact, to score alone."""
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import entropy
 from sklearn import metrics as sklearn_metrics
@@ -29,6 +30,17 @@ def match_clusters(labels: np.ndarray, classes: np.ndarray) -> dict[int, int]:
     rows, columns = linear_sum_assignment(counts, maximize=True)
     class_ids, cluster_ids = np.unique(classes), np.unique(labels)
     return {int(cluster_ids[c]): int(class_ids[r]) for r, c in zip(rows, columns, strict=True)}
+
+
+def matched_counts(labels: np.ndarray, classes: np.ndarray) -> pd.DataFrame:
+    """How many images of each class (rows) are in each cluster (columns).
+
+    The clusters stand in the order of the classes that :func:`match_clusters` gives them, so that
+    what is right stands on the diagonal; those without a class come last.
+    """
+    counts = pd.crosstab(classes, labels)
+    match = match_clusters(labels, classes)
+    return counts[sorted(counts.columns, key=lambda c: match.get(c, np.inf))]
 
 
 def cluster_accuracy(labels: np.ndarray, classes: np.ndarray) -> float:

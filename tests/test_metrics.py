@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from temi.metrics import cluster_accuracy, cluster_statistics, evaluate, match_clusters
+from temi.metrics import (
+    cluster_accuracy,
+    cluster_statistics,
+    evaluate,
+    match_clusters,
+    matched_counts,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -46,6 +52,13 @@ def test_matching():
         4: 1,
         9: 0,
     }
+
+
+def test_matched_counts_have_what_is_right_on_the_diagonal():
+    labels, classes = np.array([4, 4, 4, 9, 9, 2]), np.array([1, 1, 0, 0, 0, 0])
+    table = matched_counts(labels, classes)
+    assert table.columns.to_list() == [9, 4, 2]  # of class 0, of class 1, of none
+    assert table.to_numpy().tolist() == [[2, 1, 1], [0, 2, 0]]
 
 
 @pytest.mark.parametrize("labels", [[], [0, 1]])
