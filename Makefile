@@ -42,5 +42,5 @@ clean:
 
 .venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[notebooks,book,test]"
+	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[notebooks,lite,book,test]"
 	@touch $@

@@ -139,7 +139,9 @@ class TrainConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check_types(self)
-        resolve_device(self.device)
+        from temi.devices import check_precision, resolve_device  # imports torch
+
+        check_precision(self.precision, resolve_device(self.device))
 
     def resolve(self, num_images: int, num_classes: int | None = None) -> "TrainConfig":
         """This configuration, held against the size of the data.
@@ -188,28 +190,6 @@ class TrainConfig:
             if field.name not in ignored
             and getattr(self, field.name) != getattr(reference, field.name)
         }
-
-
-def resolve_device(device: str):
-    """Torch device for a name; ``auto`` is the first of CUDA, MPS and CPU that is there.
-
-    Raises
-    ------
-    ValueError
-        If there is no device of that name on this machine.
-    """
-    import torch
-
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    available[:0] = ["cuda"] * (gpus > 0) + [f"cuda:{index}" for index in range(gpus)]
-    if device == "auto":
-        return torch.device(available[0])
-    if device not in available:
-        raise ValueError(f"device={device!r}: this machine has {', '.join(['auto', *available])}")
-    return torch.device(device)
 
 
 def check_types(settings, *names: str) -> None:

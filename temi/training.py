@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from temi.config import TrainConfig, resolve_device
+from temi.config import TrainConfig
 from temi.data import ImageSet
+from temi.devices import half_precision, resolve_device
 from temi.embeddings import Features, check_embeddings, mean_embedding, normalize
 from temi.ensemble import align_heads, head_labels, relabel, vote
 from temi.heads import MultiHead
@@ -91,14 +92,6 @@ def training_step(
     follow = get_ema_multi_avg_fn(config.teacher_momentum)
     follow(list(state.teacher.parameters()), list(state.student.parameters()), None)
     return head_losses.detach()
-
-
-def half_precision(precision: str, device: torch.device) -> torch.autocast:
-    """Context in which matrix products run in bfloat16, if ``precision`` says so."""
-    bf16 = precision == "bf16"
-    if precision == "auto" and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def learning_rate_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from temi.config import RECIPES, TrainConfig, resolve_device
+from temi.config import RECIPES, TrainConfig
 
 
 def test_settings_come_from_the_recipe_unless_given():
@@ -77,10 +77,3 @@ def test_changes_name_what_differs_from_the_recipe():
     config = TrainConfig(num_clusters=7, recipe="paper", beta=0.7, seed=2, device="cpu")
     assert config.changes() == {"num_clusters": 7, "beta": 0.7, "seed": 2}
     assert dataclasses.replace(config, num_clusters=None, beta=0.6, seed=0).changes() == {}
-
-
-def test_devices():
-    assert resolve_device("cpu") == torch.device("cpu")
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match=r"device='tpu': this machine has auto, .*cpu"):
-        TrainConfig(device="tpu")

@@ -6,9 +6,10 @@ import torch
 from sklearn.datasets import make_blobs
 
 from temi.config import TrainConfig
+from temi.devices import runs_bf16
 from temi.embeddings import Features
 from temi.metrics import cluster_accuracy
-from temi.training import draw_pairs, half_precision, learning_rate_at, train
+from temi.training import draw_pairs, learning_rate_at, train
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, cluster_std=1.0, random_state=0)
 SMALL = TrainConfig(num_clusters=4, num_heads=3, epochs=8, batch_size=40, num_neighbors=5)
@@ -77,6 +78,7 @@ def test_other_losses_learn_too(loss):
     assert cluster_accuracy(run.labels, CLASSES) > 0.9
 
 
+@pytest.mark.skipif(not runs_bf16("cpu"), reason="bfloat16 products stop the process here")
 def test_bfloat16_gives_the_same_clusters(run):
     half = train(BLOBS, dataclasses.replace(SMALL, precision="bf16"), progress=False)
     assert cluster_accuracy(half.labels, run.labels) == 1
@@ -125,10 +127,3 @@ def test_learning_rate():
     np.testing.assert_allclose(rates[10:], expected)
     no_warmup = dataclasses.replace(config, warmup_epochs=0)
     assert learning_rate_at(0, 5, no_warmup) == 2e-3
-
-
-def test_precision():
-    cpu = torch.device("cpu")
-    for precision, expected in (("fp32", False), ("auto", False), ("bf16", True)):
-        with half_precision(precision, cpu):
-            assert torch.is_autocast_enabled("cpu") == expected

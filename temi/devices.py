@@ -1,0 +1,63 @@
+"""Which device and which precision a computation runs in."""
+
+import functools
+import subprocess
+import sys
+
+import torch
+
+_BF16_PRODUCT = "import torch; x = torch.ones(64, 64, dtype=torch.bfloat16); x @ x"
+
+
+def resolve_device(device: str) -> torch.device:
+    """Torch device for a name; ``auto`` is the first of CUDA, MPS and CPU that is there.
+
+    Raises
+    ------
+    ValueError
+        If there is no device of that name on this machine.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available[:0] = ["cuda"] * (gpus > 0) + [f"cuda:{index}" for index in range(gpus)]
+    if device == "auto":
+        return torch.device(available[0])
+    if device not in available:
+        raise ValueError(f"device={device!r}: this machine has {', '.join(['auto', *available])}")
+    return torch.device(device)
+
+
+@functools.cache
+def runs_bf16(device_type: str) -> bool:
+    """Whether matrix products in bfloat16 run on a device; tried on a CPU, asked of a GPU.
+
+    Some virtual machines announce a processor's AMX instructions and then stop the process that
+    uses them, so the trial is a process of its own (about two seconds, once).
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    trial = subprocess.run([sys.executable, "-c", _BF16_PRODUCT], capture_output=True, check=False)
+    return trial.returncode == 0
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise a ValueError if ``precision`` cannot be had on ``device``."""
+    if precision == "bf16" and not runs_bf16(device.type):
+        raise ValueError(
+            f"precision='bf16': products in bfloat16 do not run on this machine's {device.type}; "
+            "'auto' or 'fp32' is allowed (on a virtual machine whose AMX is cut off, setting the "
+            "environment variable ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 helps)"
+        )
+
+
+def half_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Context in which matrix products run in bfloat16, if ``precision`` says so.
+
+    ``auto`` means bfloat16 on a GPU that has it and float32 elsewhere.
+    """
+    bf16 = precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and runs_bf16("cuda")
+    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
