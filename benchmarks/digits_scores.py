@@ -29,7 +29,7 @@ def main() -> None:
     for seed in range(SEEDS):
         config = temi.TrainConfig(num_clusters=images.num_classes, seed=seed)
         run = temi.train(features, config)
-        results = final_results(run, features, images.labels)
+        results = final_results(run, features)
         methods = {name: results[name] for name in ("ensemble", "best_head", "mean_head")}
         methods |= {f"kmeans {how}": scores for how, scores in results["kmeans"].items()}
         for method, scores in methods.items():

@@ -26,14 +26,25 @@ class Features:
         Name of each row's image.
     manifest : dict
         ``dataset``, ``backbone``, and what else is known of the rows' origin.
+    labels : ndarray [N], int64, or None
+        Class of each row's image. Nothing that trains or chooses reads them: they only score.
+    class_names : tuple of str
+        Name of each class; empty without labels.
     """
 
     x: np.ndarray
     ids: tuple[str, ...]
     manifest: dict
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, or None without labels."""
+        return len(self.class_names) or None
 
     @property
     def dataset(self) -> str:
@@ -108,7 +119,8 @@ def embed(
         made = {"dtype": str(x.dtype), "shape": x.shape, "sha256": sha256(array_file)}
         versions = {name: version(name) for name in ("temi", "numpy", "torch")}
         write_json(manifest_file, {**wanted, **made, "versions": versions})
-    return Features(np.load(array_file), images.ids, json.loads(manifest_file.read_text()))
+    manifest = json.loads(manifest_file.read_text())
+    return Features(np.load(array_file), images.ids, manifest, images.labels, images.class_names)
 
 
 def _identity(images: ImageSet, backbone: Backbone) -> dict[str, str]:

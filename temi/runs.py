@@ -202,14 +202,14 @@ def save_run(run: Run, run_dir: Path, features: Features, images: ImageSet | Non
     features : Features
         Those that were trained on.
     images : ImageSet, optional
-        For the pictures, and its labels for the scores.
+        For the pictures.
 
     Returns
     -------
     dict
         The content of ``final_results.json``.
     """
-    results = final_results(run, features, None if images is None else images.labels)
+    results = final_results(run, features)
     part, old = (run_dir.with_name(f".{run_dir.name}.{what}") for what in ("part", "old"))
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -241,16 +241,14 @@ def summary(run_dir: str | Path) -> str:
     return "\n".join([table.T.round(3).to_string(), *files])
 
 
-def final_results(run: Run, features: Features, classes: np.ndarray | None = None) -> dict:
+def final_results(run: Run, features: Features) -> dict:
     """Scores, history and provenance of a run.
 
     Parameters
     ----------
     run : Run
     features : Features
-        Those that were trained on.
-    classes : ndarray [N] of int, optional
-        Used to score alone; without them every score is None.
+        Those that were trained on. Their labels score alone; without them every score is None.
 
     Returns
     -------
@@ -259,6 +257,8 @@ def final_results(run: Run, features: Features, classes: np.ndarray | None = Non
         (lowest loss), ``ensemble``, ``kmeans`` (on the embeddings as they are, and centred and
         L2-normalised), ``cluster_statistics``, ``history``, ``config``, ``provenance``.
     """
+
+    classes = features.labels
 
     def score(labels: np.ndarray) -> dict:
         return dict.fromkeys(SCORES) if classes is None else evaluate(labels, classes)

@@ -147,10 +147,10 @@ def train(
     Parameters
     ----------
     features : Features or ndarray [N, D]
-        float16, float32 or float64; used in float32.
+        float16, float32 or float64; used in float32. Labels that come with them score, no more.
     config : TrainConfig
     images : ImageSet, optional
-        For the record alone: pictures of the clusters and, where it has labels, scores.
+        For the pictures of the clusters in the record.
     run_dir : path, optional
         Where :func:`temi.save_run` writes the record; nothing is written when None.
     overwrite : bool
@@ -173,13 +173,12 @@ def train(
     if not isinstance(features, Features):
         features = Features.from_array(features)
     check_embeddings(features.x)
-    config = config.resolve(len(features), None if images is None else images.num_classes)
+    config = config.resolve(len(features), features.num_classes)
     device = resolve_device(config.device)
     if run_dir is not None:
         run_dir = Path(run_dir)
         settings = run_settings(features.dataset, features.backbone, config)
         check_run_dir(run_dir, settings, overwrite)
-    classes = None if images is None else images.labels
 
     clock = time.perf_counter()
     mean = mean_embedding(features.x, config.normalize)
@@ -197,8 +196,9 @@ def train(
     for epoch in bar:
         pairs = draw_pairs(neighbors, config.batch_size, generator)  # (steps, 2B)
         history.append(train_epoch(state, x, pairs, epoch, config))
-        if classes is not None:
-            history[-1] |= _accuracies(state.teacher, x, history[-1]["head_losses"], classes)
+        if features.labels is not None:
+            head_losses = history[-1]["head_losses"]
+            history[-1] |= _accuracies(state.teacher, x, head_losses, features.labels)
     seconds["training"] = sum(entry["seconds"] for entry in history)
 
     head_losses = np.array(history[-1]["head_losses"])

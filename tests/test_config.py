@@ -1,7 +1,6 @@
 import dataclasses
 
 import pytest
-import torch
 
 from temi.config import RECIPES, TrainConfig
 

@@ -68,9 +68,9 @@ def test_assignments(finished, images):
 
 
 def test_without_labels_there_are_no_scores(images, features, tmp_path):
-    unlabelled = dataclasses.replace(images, labels=None, class_names=())
+    unlabelled = dataclasses.replace(features, labels=None, class_names=())
     config = dataclasses.replace(QUICK, num_clusters=10)
-    train(features, config, images=unlabelled, run_dir=tmp_path / "run", progress=False)
+    train(unlabelled, config, images=images, run_dir=tmp_path / "run", progress=False)
     results = json.loads((tmp_path / "run" / "final_results.json").read_text())
     assert results["metrics"] == dict.fromkeys(("acc", "nmi", "anmi", "ari"))
     assert results["mean_head"]["acc"] is None
@@ -81,7 +81,8 @@ def test_without_labels_there_are_no_scores(images, features, tmp_path):
 def test_labels_change_nothing_but_scores(finished, images, features):
     run, _ = finished
     config = dataclasses.replace(QUICK, num_clusters=10)
-    np.testing.assert_array_equal(train(features, config, progress=False).labels, run.labels)
+    unlabelled = dataclasses.replace(features, labels=None, class_names=())
+    np.testing.assert_array_equal(train(unlabelled, config, progress=False).labels, run.labels)
 
 
 def test_a_run_of_other_settings_is_never_overwritten(images, features, tmp_path):
