@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "baselines": ["kmeans"],
         "config": ["RECIPES", "TrainConfig"],
         "data": ["ImageSet", "load_images"],
-        "embeddings": ["Features", "embed"],
+        "embeddings": ["Features", "embed", "load_features"],
         "ensemble": ["agreement_between_heads", "align_heads", "vote"],
         "files": ["results_file"],
         "heads": ["MultiHead"],

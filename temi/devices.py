@@ -52,12 +52,13 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def half_precision(precision: str, device: torch.device) -> torch.autocast:
-    """Context in which matrix products run in bfloat16, if ``precision`` says so.
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether matrix products run in bfloat16: ``auto`` means on a GPU that has it, no CPU."""
+    if precision == "auto":
+        return device.type == "cuda" and runs_bf16("cuda")
+    return precision == "bf16"
 
-    ``auto`` means bfloat16 on a GPU that has it and float32 elsewhere.
-    """
-    bf16 = precision == "bf16" or (
-        precision == "auto" and device.type == "cuda" and runs_bf16("cuda")
-    )
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+def half_precision(precision: str, device: torch.device) -> torch.autocast:
+    """Context in which matrix products run in bfloat16 if :func:`uses_bf16`, else in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))

@@ -3,16 +3,29 @@
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from boltons.fileutils import atomic_save
+import pandas as pd
 
-from temi.backbones import Backbone, load_backbone
+from temi.backbones import Backbone, load_backbone, spaces
 from temi.data import ImageSet
-from temi.files import home, path_part, sha256, write_json
+from temi.extraction import (
+    PART,
+    PROGRESS,
+    ExtractionConfig,
+    copy_rows,
+    extract,
+    unreadable_error,
+)
+from temi.files import home, path_part, readable_path, sha256, write_json, write_whole
+
+ARRAY = "embeddings.npy"
+IDS = "ids.json"
+MANIFEST = "manifest.json"
+UNREADABLE = "unreadable.csv"
 
 
 @dataclass(frozen=True)
@@ -57,11 +70,11 @@ class Features:
         return self.manifest["backbone"]
 
     @classmethod
-    def from_array(cls, x: np.ndarray) -> "Features":
+    def from_array(cls, x: np.ndarray, dataset: str = "array") -> "Features":
         """Wrap an array of one's own embeddings, after :func:`check_embeddings`."""
         check_embeddings(x)
         checksum = hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
-        manifest = {"dataset": "array", "backbone": "own", "sha256": checksum}
+        manifest = {"dataset": dataset, "backbone": "own", "sha256": checksum}
         return cls(x, tuple(map(str, range(len(x)))), manifest)
 
 
@@ -76,73 +89,198 @@ def embed(
     images: ImageSet,
     backbone: str = "pixels",
     *,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
     data_dir: str | Path = "data",
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    on_error: str = "skip",
     force_recompute: bool = False,
+    progress: bool = True,
 ) -> Features:
     """Embed images with a backbone, or read the embeddings from the cache.
 
-    The cache is ``DATA_DIR/embeddings/DATASET/BACKBONE/``: the array, the ids and a manifest. One
-    that does not match the images, the backbone or its own checksum is never used: a warning says
-    what differs, and the embeddings are computed anew.
+    The cache is ``DATA_DIR/embeddings/DATASET/BACKBONE/``: the array, the ids, a table of the
+    images that could not be read, and a manifest. One that does not match the images, the backbone,
+    its weights, its preprocessing or its own checksum is never used: a warning says what differs,
+    and the embeddings are computed anew. An interrupted extraction goes on where it stopped.
 
     Parameters
     ----------
     images : ImageSet
     backbone : str
+        See :func:`temi.load_backbone`. ``"a+b"`` embeds with each, scales both to length 1 and
+        joins them: the cosine similarity of the joined rows is the mean of both similarities.
+    weights, image_size
         See :func:`temi.load_backbone`.
     data_dir : path
         A relative one starts at :func:`temi.files.home`.
+    dtype : {"float16", "float32"}
+        On disk. Half precision halves the file, and the clusters found agree.
+    batch_size : int, optional
+        Images decoded together; None: 64 on a CPU, 512 elsewhere. A forward pass that does not fit
+        into memory is halved until it does.
+    num_workers : int, optional
+        Processes that decode; None: as many as there are cores, up to 8, and none for ``pixels``.
+    device : str
+        See :class:`temi.TrainConfig`.
+    precision : {"auto", "fp32", "bf16"}
+        See :class:`temi.TrainConfig`. With ``"auto"`` a cache made in either is used.
+    on_error : {"skip", "stop"}
+        An image that cannot be read is left out, said and listed; or it is an error.
     force_recompute : bool
         Compute even where the cache matches.
+    progress : bool
+        Show a progress bar, with images a second and the time that is left.
 
     Returns
     -------
     Features
-        float32 [N, D], rows in the order of the images.
+        Rows in the order of the images, memory-mapped: only what is used is read.
+
+    Raises
+    ------
+    ValueError
+        If a name, a size or the weights do not fit, an image cannot be read (with
+        ``on_error="stop"``), none can, or an embedding is not finite or all zero.
     """
-    extractor = load_backbone(backbone)
-    folder = home() / data_dir / "embeddings" / path_part(images.name) / path_part(backbone)
-    array_file, manifest_file = folder / "embeddings.npy", folder / "manifest.json"
-    wanted = _identity(images, extractor)
-    difference = "force_recompute=True"
-    if not force_recompute and manifest_file.exists():
-        difference = _difference(folder, wanted)
-        if difference:
-            warnings.warn(f"{folder} is computed anew: {difference}", stacklevel=2)
-    if difference or not manifest_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        x = extractor.extract(images.images)
-        check_embeddings(x)
-        with atomic_save(array_file, overwrite_part=True) as file:
-            np.save(file, x)
-        write_json(folder / "ids.json", images.ids)
-        made = {"dtype": str(x.dtype), "shape": x.shape, "sha256": sha256(array_file)}
-        versions = {name: version(name) for name in ("temi", "numpy", "torch")}
-        write_json(manifest_file, {**wanted, **made, "versions": versions})
-    manifest = json.loads(manifest_file.read_text())
-    return Features(np.load(array_file), images.ids, manifest, images.labels, images.class_names)
+    config = ExtractionConfig(dtype, batch_size, num_workers, device, precision, on_error, progress)
+    names = spaces(backbone)
+    if len(names) > 1 and weights is not None:
+        raise ValueError(f"weights={str(weights)!r}: None is allowed with several backbones")
+    parts = []
+    for name in names:
+        extractor = load_backbone(name, weights=weights, image_size=image_size)
+        folder = home() / data_dir / "embeddings" / path_part(images.name) / path_part(name)
+        parts.append(_embed(images, extractor, folder, config, force_recompute))
+    return parts[0] if len(parts) == 1 else _join(parts, backbone)
 
 
-def _identity(images: ImageSet, backbone: Backbone) -> dict[str, str]:
-    """What the embeddings depend on."""
-    return {
+def _embed(
+    images: ImageSet, backbone: Backbone, folder: Path, config: ExtractionConfig, force: bool
+) -> Features:
+    """Embed with one backbone, through the cache in ``folder``."""
+    identity = {
         "dataset": images.name,
         "dataset_fingerprint": images.fingerprint,
         "backbone": backbone.name,
+        "weights": backbone.weights,
         "preprocessing": backbone.preprocessing,
+        "dtype": config.dtype,
     }
+    if config.precision != "auto":
+        identity["precision"] = config.precision
+    folder.mkdir(parents=True, exist_ok=True)
+    if force:
+        (folder / PROGRESS).unlink(missing_ok=True)
+    difference = _difference(images, folder, identity)
+    if difference:
+        message = f"{folder} is computed anew: {difference}; another data_dir keeps both"
+        warnings.warn(message, stacklevel=3)
+    if force or difference or not (folder / MANIFEST).exists():
+        log = extract(images, backbone, folder, identity, config)
+        _publish(images, folder, log)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    unreadable = manifest["unreadable"]
+    if unreadable:
+        name, reason = next(iter(unreadable.items()))
+        if config.on_error == "stop":
+            raise unreadable_error(name, reason)
+        message = f"{len(unreadable)} of {len(images)} images could not be read, the first, {name}:"
+        warnings.warn(f"{message} {reason}; all are listed in {folder / UNREADABLE}", stacklevel=3)
+        images = images.keep([name for name in images.ids if name not in unreadable])
+    x = np.load(folder / ARRAY, mmap_mode="c")  # "c": may be written to, which stays in memory
+    return Features(x, images.ids, manifest, images.labels, images.class_names)
 
 
-def _difference(folder: Path, wanted: dict[str, str]) -> str:
-    """What makes a cache unusable, in words; empty where nothing does."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+def _publish(images: ImageSet, folder: Path, log: dict) -> None:
+    """Turn a complete extraction into a cache; may be interrupted and repeated at any point."""
+    unreadable = {int(row): reason for row, reason in log["unreadable"].items()}
+    rows = [row for row in range(len(images)) if row not in unreadable]
+    if not rows:
+        reasons = next(iter(unreadable.values()))
+        raise ValueError(f"dataset={images.name!r}: no image can be read (the first: {reasons})")
+    copy_rows(folder / PART, rows, folder / ARRAY)
+    ids = [images.ids[row] for row in rows]
+    write_json(folder / IDS, ids)
+    report = {images.ids[row]: reason for row, reason in unreadable.items()}
+    table = pd.DataFrame(report.items(), columns=["id", "reason"])
+    write_whole(folder / UNREADABLE, table.to_csv(index=False))
+    made = {key: log[key] for key in ("precision", "batch_size", "forward_sizes")}
+    checksum = {"shape": [len(rows), log["dim"]], "sha256": sha256(folder / ARRAY)}
+    versions = {name: version(name) for name in ("temi", "numpy", "pillow", "timm", "torch")}
+    manifest = log["identity"] | checksum | made | {"unreadable": report, "versions": versions}
+    write_json(folder / MANIFEST, manifest)
+    (folder / PART).unlink()
+    (folder / PROGRESS).unlink()
+
+
+def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:
+    """What makes a cache unusable, in words; empty where nothing does, or there is no cache."""
+    if not (folder / MANIFEST).exists():
+        return ""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("dataset_fingerprint") != wanted["dataset_fingerprint"]:
+        before = {*json.loads((folder / IDS).read_text()), *manifest["unreadable"]}
+        new, gone = sorted({*images.ids} - before), sorted(before - {*images.ids})
+        listed = [f"{len(ids)} images are {what} ({ids[0]} …)" for what, ids in
+                  (("new", new), ("gone", gone)) if ids]  # fmt: skip
+        return " and ".join(listed) or "images of the same names have changed"
     for key, value in wanted.items():
         if manifest.get(key) != value:
             return f"{key} was {manifest.get(key)!r}, is {value!r}"
-    array_file = folder / "embeddings.npy"
-    if not array_file.exists() or sha256(array_file) != manifest["sha256"]:
-        return "embeddings.npy is not the file that the manifest describes"
+    if not (folder / ARRAY).exists() or sha256(folder / ARRAY) != manifest["sha256"]:
+        return f"{ARRAY} is not the file that the manifest describes"
     return ""
+
+
+def _join(parts: list[Features], backbone: str) -> Features:
+    """Several feature spaces side by side, each scaled to length 1, the whole too."""
+    joined = np.hstack([normalize(part.x, "l2") for part in parts]) / len(parts) ** 0.5
+    manifest = {"dataset": parts[0].dataset, "backbone": backbone}
+    manifest["spaces"] = [part.manifest for part in parts]
+    return replace(parts[0], x=joined.astype(parts[0].x.dtype), manifest=manifest)
+
+
+def load_features(path: str | Path) -> Features:
+    """Read one's own embeddings: what :func:`temi.train` takes when the images stay outside.
+
+    Parameters
+    ----------
+    path : path
+        ``.npy`` with an array [N, D], or ``.npz`` with such an array ``X`` and, if there are
+        classes to score with, ``y`` [N] of whole numbers. Looked up in the current folder, then
+        below :func:`temi.files.home`.
+
+    Returns
+    -------
+    Features
+        Named after the file; the rows' ids are their numbers.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, ``X`` is missing, ``y`` does not fit it, or the embeddings are not
+        finite rows [N, D].
+    """
+    file = readable_path(path)
+    loaded = np.load(file, mmap_mode="c")
+    x, y = loaded, None
+    if isinstance(loaded, np.lib.npyio.NpzFile):
+        if "X" not in loaded:
+            raise ValueError(f"dataset={str(path)!r}: an array X is needed, not {loaded.files}")
+        x, y = loaded["X"], loaded.get("y")
+    features = Features.from_array(x, dataset=str(path))
+    if y is None:
+        return features
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"dataset={str(path)!r}: y has {y.dtype} {y.shape}; int ({len(x)},) fits")
+    names, labels = np.unique(y, return_inverse=True)
+    class_names = tuple(map(str, names.tolist()))
+    return replace(features, labels=labels.astype(np.int64), class_names=class_names)
 
 
 def check_embeddings(x: np.ndarray) -> None:

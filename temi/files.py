@@ -27,6 +27,12 @@ def home() -> Path:
     return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 
+def readable_path(path: str | Path) -> Path:
+    """Where a path given for reading leads: from the current folder, else below :func:`home`."""
+    path = Path(path).expanduser()
+    return path.absolute() if path.exists() else home() / path
+
+
 def results_file(name: str) -> Path:
     """Path of a table in the checkout's folder ``results``, which chapters read."""
     return CHECKOUT / "results" / name

@@ -25,7 +25,7 @@ def nearest_neighbors(x: Tensor, k: int, chunk_size: int = 1024) -> tuple[Tensor
     indices : Tensor [N, k], int64
         Most similar first.
     similarities : Tensor [N, k]
-        Cosine similarities, of the dtype of ``x``.
+        Cosine similarities, of the dtype of ``x``; float32 for half precision.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def nearest_neighbors(x: Tensor, k: int, chunk_size: int = 1024) -> tuple[Tensor
     """
     if not 1 <= k < len(x):
         raise ValueError(f"num_neighbors={k}: 1 to {len(x) - 1} is allowed with {len(x)} rows")
-    x = F.normalize(x, dim=1)
+    x = F.normalize(x.float() if x.dtype.itemsize < 4 else x, dim=1)
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     similarities = torch.empty(len(x), k, dtype=x.dtype, device=x.device)
     for start in range(0, len(x), chunk_size):

@@ -4,18 +4,23 @@ import ast
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from temi.backbones import load_backbone
+from pydantic import Field
+
+from temi.backbones import check_backbone
 from temi.config import TrainConfig, check_types
-from temi.data import check_dataset
+from temi.data import ImageSet, check_dataset, load_images
+from temi.embeddings import Features, embed, load_features
 
 
 @dataclass(frozen=True)
 class JobConfig:
     """Where a job's images come from and where its files go.
 
-    ``dataset`` and ``backbone`` are the names that :func:`temi.load_images` and
-    :func:`temi.load_backbone` know; ``data_dir``, ``force_recompute``: see :func:`temi.embed`;
+    ``dataset``: what :func:`temi.load_images` or :func:`temi.load_features` takes; ``split``,
+    ``labels``: see the former; ``backbone``, ``weights``, ``image_size``: see
+    :func:`temi.load_backbone`; ``data_dir``, ``force_recompute``: see :func:`temi.embed`;
     ``run_dir``, ``overwrite``: see :func:`temi.train`.
 
     Raises
@@ -26,6 +31,10 @@ class JobConfig:
 
     dataset: str = "digits"
     backbone: str = "pixels"
+    split: str | None = None
+    labels: Literal["folders"] | None = None
+    image_size: Annotated[int | None, Field(ge=1)] = None
+    weights: str | None = None
     data_dir: str = "data"
     run_dir: str | None = None
     overwrite: bool = False
@@ -34,7 +43,30 @@ class JobConfig:
     def __post_init__(self):
         check_types(self)
         check_dataset(self.dataset)
-        load_backbone(self.backbone)
+        check_backbone(self.backbone)
+
+    def load(self) -> ImageSet | Features:
+        """The images; or the embeddings, where the data set is a file of those."""
+        if self.dataset.endswith((".npy", ".npz")):
+            return load_features(self.dataset)
+        return load_images(
+            self.dataset, split=self.split, labels=self.labels, data_dir=self.data_dir
+        )
+
+    def embed(self, data: ImageSet | Features, config: TrainConfig) -> Features:
+        """What :meth:`load` gave, as embeddings, computed on the device of the training."""
+        if isinstance(data, Features):
+            return data
+        return embed(
+            data,
+            self.backbone,
+            weights=self.weights,
+            image_size=self.image_size,
+            data_dir=self.data_dir,
+            device=config.device,
+            precision=config.precision,
+            force_recompute=self.force_recompute,
+        )
 
 
 def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
@@ -81,7 +113,10 @@ def is_default(job: JobConfig, config: TrainConfig) -> bool:
     Where files go does not matter, nor the device.
     """
     default = JobConfig()
-    same_data = (job.dataset, job.backbone) == (default.dataset, default.backbone)
+    same_data = all(
+        getattr(job, name) == getattr(default, name)
+        for name in ("dataset", "backbone", "split", "image_size", "weights")
+    )
     return same_data and config.recipe == TrainConfig().recipe and not config.changes()
 
 

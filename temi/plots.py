@@ -6,6 +6,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+TILE = 64  # pixels of a side that a picture in a row has at most
 
 _PALETTE = sns.color_palette("colorblind").as_hex()
 COLORS = {  # the same quantity has the same colour in every chapter
@@ -67,12 +70,16 @@ def agreement_histogram(agreement: np.ndarray, num_heads: int) -> Figure:
     return figure
 
 
-def image_rows(images: np.ndarray, rows: Sequence[Sequence[int]], titles: Sequence[str]) -> Figure:
+def image_rows(
+    images: Sequence[np.ndarray], rows: Sequence[Sequence[int]], titles: Sequence[str]
+) -> Figure:
     """Rows of pictures with a title each.
 
     Parameters
     ----------
-    images : ndarray [N, height, width] or [N, height, width, 3], uint8
+    images : sequence of uint8 arrays [height, width] or [height, width, 3]
+        Only those that are shown are looked up, or decoded. Where they differ in size or are larger
+        than 64 pixels, the middle square of each is shown.
     rows : sequence of sequences of int
         Indices of the images of each row; rows may differ in length.
     titles : sequence of str
@@ -87,17 +94,30 @@ def image_rows(images: np.ndarray, rows: Sequence[Sequence[int]], titles: Sequen
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(0.5 * longest + 1.6, 0.55 * len(rows)), squeeze=False
     )
-    blank = np.full_like(images[0], 255)
+    tiles = _tiles(images, [index for row in rows for index in row])
+    blank = np.full_like(next(iter(tiles.values())), 255)
     edge = [(1, 1), (1, 1)] + [(0, 0)] * (blank.ndim - 2)  # a white line around each picture
     for axis, row, title in zip(axes.flat, rows, titles, strict=True):
-        tiles = [images[index] for index in row] + [blank] * (longest - len(row))
-        strip = np.hstack([np.pad(tile, edge, constant_values=255) for tile in tiles])
+        shown = [tiles[index] for index in row] + [blank] * (longest - len(row))
+        strip = np.hstack([np.pad(tile, edge, constant_values=255) for tile in shown])
         axis.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set(xticks=[], yticks=[])
         axis.set_ylabel(title, rotation=0, ha="right", va="center")
         sns.despine(ax=axis, left=True, bottom=True)
     plt.close(figure)
     return figure
+
+
+def _tiles(images: Sequence[np.ndarray], indices: Sequence[int]) -> dict[int, np.ndarray]:
+    """Pictures of one size: as they are where they have one, else the middle square of each."""
+    pictures = {index: images[index] for index in indices}
+    shapes = {picture.shape for picture in pictures.values()}
+    if len(shapes) == 1 and max(next(iter(shapes))) <= TILE:
+        return pictures
+    return {
+        index: np.asarray(ImageOps.fit(Image.fromarray(picture).convert("RGB"), (TILE, TILE)))
+        for index, picture in pictures.items()
+    }
 
 
 def surest_first(labels: np.ndarray, agreement: np.ndarray, cluster: int) -> np.ndarray:
@@ -107,13 +127,13 @@ def surest_first(labels: np.ndarray, agreement: np.ndarray, cluster: int) -> np.
 
 
 def cluster_rows(
-    images: np.ndarray, labels: np.ndarray, agreement: np.ndarray, per_row: int = 16
+    images: Sequence[np.ndarray], labels: np.ndarray, agreement: np.ndarray, per_row: int = 16
 ) -> Figure:
     """Each cluster as a row of its surest images, largest cluster first.
 
     Parameters
     ----------
-    images : ndarray [N, height, width] or [N, height, width, 3], uint8
+    images : sequence of uint8 arrays [height, width] or [height, width, 3]
     labels : ndarray [N] of int
         Cluster of each image.
     agreement : ndarray [N]

@@ -103,14 +103,17 @@ class Run:
         return torch.from_numpy(normalize(as_array(features), self.config.normalize, self.mean))
 
 
-def plan_run(job: JobConfig, config: TrainConfig, images: ImageSet) -> tuple[TrainConfig, Path]:
-    """Hold a job against its images and its run directory, before any work.
+def plan_run(
+    job: JobConfig, config: TrainConfig, data: ImageSet | Features
+) -> tuple[TrainConfig, Path]:
+    """Hold a job against its data and its run directory, before any work.
 
     Parameters
     ----------
     job : JobConfig
     config : TrainConfig
-    images : ImageSet
+    data : ImageSet or Features
+        What ``job.load()`` gave.
 
     Returns
     -------
@@ -128,7 +131,7 @@ def plan_run(job: JobConfig, config: TrainConfig, images: ImageSet) -> tuple[Tra
     run_dir = default_run_dir(job.dataset, job.backbone, config)
     if job.run_dir is not None:
         run_dir = home() / job.run_dir
-    config = config.resolve(len(images), images.num_classes)
+    config = config.resolve(len(data), data.num_classes)
     check_run_dir(run_dir, run_settings(job.dataset, job.backbone, config), job.overwrite)
     return config, run_dir
 

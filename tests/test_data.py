@@ -1,10 +1,15 @@
 import dataclasses
+import hashlib
+import pickle
+from urllib.error import URLError
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
+from torchvision import datasets
 
-from temi.backbones import load_backbone
+from temi import data
 from temi.data import load_images
 
 
@@ -28,8 +33,135 @@ def test_fingerprint_depends_on_images_and_not_on_labels():
     assert dataclasses.replace(images, images=changed).fingerprint != images.fingerprint
 
 
-def test_unknown_names():
-    with pytest.raises(ValueError, match="dataset='didgits': one of 'digits' is allowed"):
+def test_keep():
+    images = load_images("digits")
+    kept = images.keep([images.ids[9], images.ids[4]])
+    assert kept.ids == (images.ids[4], images.ids[9])
+    np.testing.assert_array_equal(kept.images, images.images[[4, 9]])
+    np.testing.assert_array_equal(kept.labels, images.labels[[4, 9]])
+    with pytest.raises(ValueError, match="ids: 'nobody' is no image of 'digits'"):
+        images.keep(["nobody"])
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="dataset='didgits': one of 'digits', 'fashion-mnist'"):
         load_images("didgits")
-    with pytest.raises(ValueError, match="backbone='pixel': one of 'pixels' is allowed"):
-        load_backbone("pixel")
+    with pytest.raises(
+        ValueError, match="split='val': of 'cifar10' one of 'train', 'test', 'both'"
+    ):
+        load_images("cifar10", split="val")
+    with pytest.raises(ValueError, match="split='train': of 'digits' one of None is allowed"):
+        load_images("digits", split="train")
+    with pytest.raises(ValueError, match="labels='folders': None is allowed"):
+        load_images("digits", labels="folders")
+    np.save(tmp_path / "x.npy", np.ones((3, 2)))
+    with pytest.raises(ValueError, match="holds embeddings"):
+        load_images(str(tmp_path / "x.npy"))
+
+
+RNG = np.random.default_rng(0)
+NAMES = {"cifar10": 10, "cifar20": 20, "cifar100": 100}
+
+
+def write_cifar(root, kind, monkeypatch) -> dict[str, dict]:
+    """Small files in CIFAR's form, and their checksums in the place of the real ones."""
+    fine = 10 if kind.__name__ == "CIFAR10" else 100
+    key = "labels" if fine == 10 else "fine_labels"
+    content = {}
+    for file, _ in (*kind.train_list, *kind.test_list):
+        batch = {"data": RNG.integers(0, 256, (6, 3072), dtype=np.uint8)}
+        batch |= {key: RNG.integers(0, fine, 6).tolist()}
+        batch |= {"coarse_labels": RNG.integers(0, 20, 6).tolist()} if fine == 100 else {}
+        content[file] = batch
+    names = {kind.meta["key"]: [f"class {i}" for i in range(fine)]}
+    content[kind.meta["filename"]] = names | {
+        "coarse_label_names": [f"coarse {i}" for i in range(20)]
+    }
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    for file, value in content.items():
+        (folder / file).write_bytes(pickle.dumps(value))
+    sums = {file: hashlib.md5((folder / file).read_bytes()).hexdigest() for file in content}
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, part, [[file, sums[file]] for file, _ in getattr(kind, part)])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums[kind.meta["filename"]]})
+    return content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cifar_files(name, tmp_path, monkeypatch):
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    content = write_cifar(tmp_path, kind, monkeypatch)
+    images = load_images(name, split="test", data_dir=tmp_path)
+    (batch,) = (content[file] for file, _ in kind.test_list)
+    planes = batch["data"].reshape(6, 3, 32, 32)
+    np.testing.assert_array_equal(images.images.transpose(0, 3, 1, 2), planes)
+    key = {"cifar10": "labels", "cifar20": "coarse_labels", "cifar100": "fine_labels"}[name]
+    assert images.labels.tolist() == batch[key]
+    assert images.num_classes == NAMES[name]
+    assert images.class_names[1] == ("coarse 1" if name == "cifar20" else "class 1")
+    assert images.name == f"{name}-test"
+    train, both = (load_images(name, split=split, data_dir=tmp_path) for split in (None, "both"))
+    assert train.name == name
+    assert len(both) == len(train) + 6
+    assert len(set(both.ids)) == len(both)
+
+
+def test_a_damaged_file_and_no_network_are_one_line(tmp_path, monkeypatch):
+    write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"half a file")
+
+    def refuse(*_, **__):
+        raise URLError("no network here")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    for name, address in (
+        ("cifar10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+        ("stl10", "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
+    ):
+        with pytest.raises(ValueError, match=f"dataset='{name}': it could not be") as error:
+            load_images(name, data_dir=tmp_path)
+        assert "no network here" in str(error.value)
+        assert f"fetch {address} by hand into {tmp_path}" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_stl10_files(tmp_path, monkeypatch):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    planes = RNG.integers(0, 256, (4, 3, 96, 96), dtype=np.uint8)
+    columns_first = planes.transpose(0, 1, 3, 2).tobytes()
+    for file in ("train_X.bin", "test_X.bin", "unlabeled_X.bin"):
+        (folder / file).write_bytes(columns_first)
+    for file in ("train_y.bin", "test_y.bin"):
+        (folder / file).write_bytes(bytes([1, 10, 3, 3]))
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    (folder / "fold_indices.txt").write_text("0 1\n")
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *_: True)
+    images = load_images("stl10", data_dir=tmp_path)
+    np.testing.assert_array_equal(images.images, planes.transpose(0, 2, 3, 1))
+    assert images.labels.tolist() == [0, 9, 2, 2]
+    assert images.class_names == tuple("abcdefghij")
+    assert len(load_images("stl10", split="both", data_dir=tmp_path)) == 8
+    unlabeled = load_images("stl10", split="unlabeled", data_dir=tmp_path)
+    assert unlabeled.labels is None
+    assert unlabeled.num_classes is None
+
+
+@pytest.mark.skipif(not data._FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist: not installed")
+def test_fashion_mnist_from_its_real_files(tmp_path):
+    images = load_images("fashion-mnist", split="both", data_dir=tmp_path)
+    assert images.images.shape == (70_000, 28, 28)
+    assert np.bincount(images.labels).tolist() == [7000] * 10
+    assert images.class_names[9] == "Ankle boot"
+    assert images.images[:60_000].mean() == pytest.approx(72.94, abs=0.01)  # as published: 0.2860
+
+
+def test_imagenet_lies_where_it_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset='imagenet': put it at .*imagenet/train/WNID"):
+        load_images("imagenet", data_dir=tmp_path)
+    for wnid in ("n01440764", "n01443537"):
+        (tmp_path / "imagenet" / "val" / wnid).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "imagenet" / "val" / wnid / "a.JPEG")
+    images = load_images("imagenet", split="val", data_dir=tmp_path)
+    assert (images.name, len(images), images.num_classes) == ("imagenet-val", 2, 2)

@@ -5,8 +5,19 @@ import warnings
 import numpy as np
 import pytest
 
+from temi.backbones import load_backbone
+from temi.config import TrainConfig
 from temi.data import load_images
-from temi.embeddings import Features, check_embeddings, embed, mean_embedding, normalize
+from temi.embeddings import (
+    Features,
+    check_embeddings,
+    embed,
+    load_features,
+    mean_embedding,
+    normalize,
+)
+from temi.metrics import cluster_accuracy
+from temi.training import train
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +31,11 @@ def files(folder) -> dict[str, bytes]:
 
 def test_pixels_are_the_grey_values(images, tmp_path):
     features = embed(images, "pixels", data_dir=tmp_path)
-    assert features.x.dtype == np.float32
-    np.testing.assert_array_equal(features.x, images.images.reshape(1797, 64) / np.float32(255))
+    assert features.x.dtype == np.float16
+    grey = images.images.reshape(1797, 64) / np.float32(255)
+    np.testing.assert_array_equal(features.x, grey.astype(np.float16))
+    single = embed(images, "pixels", data_dir=tmp_path / "single", dtype="float32")
+    np.testing.assert_array_equal(single.x, grey)
     assert features.ids == images.ids
 
 
@@ -41,21 +55,21 @@ def test_second_time_reads_the_cache(images, tmp_path):
 def test_other_images_are_never_given_stale_embeddings(images, tmp_path):
     embed(images, data_dir=tmp_path)
     other = dataclasses.replace(images, images=images.images[::-1])
-    with pytest.warns(UserWarning, match="computed anew: dataset_fingerprint was"):
+    with pytest.warns(UserWarning, match="computed anew: images of the same names have changed"):
         features = embed(other, data_dir=tmp_path)
     np.testing.assert_array_equal(features.x[0], embed(other, data_dir=tmp_path).x[0])
-    np.testing.assert_array_equal(features.x[0] * 255, other.images[0].ravel())
+    np.testing.assert_array_equal(np.round(features.x[0] * 255.0), other.images[0].ravel())
 
 
 def test_a_flipped_byte_is_noticed(images, tmp_path):
-    expected = embed(images, data_dir=tmp_path)
+    expected = embed(images, data_dir=tmp_path).x.copy()
     (array,) = tmp_path.rglob("embeddings.npy")
     content = bytearray(array.read_bytes())
     content[5000] ^= 1
     array.write_bytes(content)
     with pytest.warns(UserWarning, match=r"embeddings\.npy is not the file"):
         again = embed(images, data_dir=tmp_path)
-    np.testing.assert_array_equal(again.x, expected.x)
+    np.testing.assert_array_equal(again.x, expected)
 
 
 def test_manifest(images, tmp_path):
@@ -65,6 +79,51 @@ def test_manifest(images, tmp_path):
     assert manifest["dataset_fingerprint"] == images.fingerprint
     assert manifest["shape"] == [1797, 64]
     assert json.loads(files(tmp_path)["ids.json"]) == list(images.ids)
+
+
+def test_half_precision_gives_the_same_clusters(images, tmp_path):
+    config = TrainConfig(num_clusters=10, num_heads=4, epochs=5, batch_size=256)
+    half, single = (
+        train(embed(images, data_dir=tmp_path / dtype, dtype=dtype), config, progress=False)
+        for dtype in ("float16", "float32")
+    )
+    assert cluster_accuracy(half.labels, single.labels) > 0.97
+
+
+def test_joined_spaces_average_the_similarities(images, tmp_path, monkeypatch):
+    pixels = load_backbone("pixels")
+    negative = dataclasses.replace(pixels, name="negative", prepare=lambda image: 255 - image)
+    monkeypatch.setattr(
+        "temi.embeddings.load_backbone", lambda name, **_: {"pixels": pixels}.get(name, negative)
+    )
+    options = dict(data_dir=tmp_path, num_workers=0)
+    parts = [embed(images, name, **options).x[:50] for name in ("pixels", "negative")]
+    joined = embed(images, "pixels+negative", **options)
+    assert joined.x.shape == (1797, 128)
+    assert joined.backbone == "pixels+negative"
+    unit = normalize(joined.x[:50], "l2")
+    expected = np.mean([normalize(x, "l2") @ normalize(x, "l2").T for x in parts], axis=0)
+    np.testing.assert_allclose(unit @ unit.T, expected, atol=2e-3)
+    with pytest.raises(ValueError, match="weights='w': None is allowed with several"):
+        embed(images, "pixels+negative", weights="w")
+
+
+def test_a_file_of_own_embeddings(tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 4))
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "xy.npz", X=x, y=np.arange(30) % 3 + 5)
+    plain = load_features(tmp_path / "x.npy")
+    np.testing.assert_array_equal(plain.x, x)
+    assert plain.labels is None
+    labelled = load_features(str(tmp_path / "xy.npz"))
+    assert labelled.class_names == ("5", "6", "7")
+    np.testing.assert_array_equal(labelled.labels, np.arange(30) % 3)
+    np.savez(tmp_path / "bad.npz", X=x, y=np.arange(29))
+    with pytest.raises(ValueError, match=r"y has int64 \(29,\); int \(30,\) fits"):
+        load_features(tmp_path / "bad.npz")
+    np.savez(tmp_path / "none.npz", a=x)
+    with pytest.raises(ValueError, match=r"an array X is needed, not \['a'\]"):
+        load_features(tmp_path / "none.npz")
 
 
 def rows(**changes) -> np.ndarray:

@@ -1,0 +1,121 @@
+"""Claim: extraction runs at 90% or more of the speed of the backbone alone, in flat memory.
+
+Images a second of temi.embed from JPEG files (decoding, resizing, forward pass, writing), beside
+those of the backbone's forward pass alone on tensors that are ready, with the same batches,
+precision and threads, taken in turns in one run; and the peak memory of the extracting process for
+10,000 and 60,000 images. Writes results/benchmarks/embedding.json.
+
+    python benchmarks/embedding.py PATH-TO-CIFAR10-JPEG
+
+The folder holds train/ and test/, 60,000 files in all. bfloat16 is left out where products in it do
+not run.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import temi
+from temi.devices import half_precision, runs_bf16
+from temi.files import write_json
+
+RESULTS = Path(__file__).parents[1] / "results" / "benchmarks" / "embedding.json"
+BACKBONE = "efficientnet_lite0"
+SIZES = {96: 3072, 112: 3072, 224: 1024}  # pixels -> images timed
+BATCH = 64
+ROUNDS = 3
+
+
+def images_of(folder: str, count: int) -> temi.ImageSet:
+    images = temi.load_images(folder)
+    return images.keep(images.ids[:: len(images) // count][:count])
+
+
+def pipeline_seconds(images: temi.ImageSet, backbone: str, **options) -> float:
+    with tempfile.TemporaryDirectory() as data_dir:
+        clock = time.perf_counter()
+        temi.embed(images, backbone, data_dir=data_dir, progress=False, **options)
+        return time.perf_counter() - clock
+
+
+def forward_seconds(backbone, batch: torch.Tensor, passes: int, precision: str) -> float:
+    model = backbone.model.to(memory_format=torch.channels_last)
+    with torch.inference_mode(), half_precision(precision, torch.device("cpu")):
+        model(batch)
+        clock = time.perf_counter()
+        for _ in range(passes):
+            model(batch)
+        return time.perf_counter() - clock
+
+
+def speeds(folder: str) -> list[dict]:
+    rows = []
+    digits = temi.load_images("digits")
+    seconds = pipeline_seconds(digits, "pixels")
+    rows.append({"images": "digits", "backbone": "pixels", "images_per_s": len(digits) / seconds})
+    precisions = ["fp32"] + ["bf16"] * runs_bf16("cpu")
+    for (size, count), precision in itertools.product(SIZES.items(), precisions):
+        images = images_of(folder, count)
+        backbone = temi.load_backbone(BACKBONE, image_size=size)
+        batch = torch.stack(
+            [torch.from_numpy(backbone.prepare(images.images[i])) for i in range(BATCH)]
+        )
+        options = dict(image_size=size, batch_size=BATCH, device="cpu", precision=precision)
+        ratios, rates, alone = [], [], []
+        for _ in range(ROUNDS):
+            alone.append(count / forward_seconds(backbone, batch, count // BATCH, precision))
+            rates.append(count / pipeline_seconds(images, BACKBONE, **options))
+            ratios.append(rates[-1] / alone[-1])
+        rows.append(
+            {"images": "CIFAR-10 (JPEG)", "backbone": BACKBONE, "pixels": size,
+             "precision": precision, "images_per_s": statistics.median(rates),
+             "forward_alone_per_s": statistics.median(alone),
+             "ratio": statistics.median(ratios), "ratio_min": min(ratios),
+             "ratio_max": max(ratios), "n": count}
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def peak_memory(folder: str, count: int, queue) -> None:
+    pipeline_seconds(images_of(folder, count), BACKBONE, image_size=32, device="cpu")
+    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def peaks(folder: str) -> dict[str, float]:
+    """Peak resident memory in MB of a fresh process that embeds so many images at 32 px."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for count in (10_000, 60_000):
+        queue = context.Queue()
+        process = context.Process(target=peak_memory, args=(folder, count, queue))
+        process.start()
+        found[str(count)] = round(queue.get())
+        process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder")
+    folder = parser.parse_args().folder
+    rows = speeds(folder)
+    memory = peaks(folder)
+    print(pd.DataFrame(rows).round(2).to_string(index=False))
+    print(f"peak memory in MB, by number of images: {memory}")
+    conditions = {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                  "torch": torch.__version__, "batch": BATCH, "rounds": ROUNDS}  # fmt: skip
+    write_json(RESULTS, {"rows": rows, "peak_memory_mb": memory, "conditions": conditions})
+
+
+if __name__ == "__main__":
+    main()

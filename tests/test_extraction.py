@@ -1,0 +1,283 @@
+"""Extraction that is stopped, short of memory, or given images that cannot be read."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from temi import embeddings, extraction
+from temi.backbones import Backbone
+from temi.data import load_images
+from temi.embeddings import embed
+
+ROOT = Path(__file__).parents[1]
+SIZE = 8
+
+
+def prepare(image: np.ndarray) -> np.ndarray:
+    return np.array(Image.fromarray(image).convert("RGB").resize((SIZE, SIZE)))
+
+
+class Tiny(nn.Module):
+    """A convolution with fixed weights; stops where it is told to."""
+
+    def __init__(self, seed: int = 0, most: int = 10**9, pause: float = 0.0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(5, 3, 3, 3, generator=generator)
+        self.weight, self.most, self.pause, self.calls = nn.Parameter(weight), most, pause, 0
+
+    def forward(self, x):
+        self.calls += 1
+        time.sleep(self.pause)
+        if len(x) > self.most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        x = x.permute(0, 3, 1, 2).float() / 255
+        return nn.functional.conv2d(x, self.weight).mean(dim=(2, 3))
+
+
+def tiny(**options) -> Backbone:
+    return Backbone(
+        name="tiny",
+        preprocessing=f"{SIZE} px",
+        weights=f"seed {options.get('seed', 0)}",
+        prepare=prepare,
+        model=Tiny(**options).eval(),
+        dim=5,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    target = tmp_path / "photos"
+    target.mkdir()
+    for i in range(60):
+        pixels = rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(target / f"{i:03d}.png")
+    return target
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Make a backbone the one that is loaded, whatever its name."""
+
+    def put(backbone: Backbone) -> Backbone:
+        monkeypatch.setattr(embeddings, "load_backbone", lambda *_, **__: backbone)
+        return backbone
+
+    return put
+
+
+def options(tmp_path, **more):
+    return dict(data_dir=tmp_path / "cache", batch_size=8, num_workers=0, progress=False, **more)
+
+
+def stored(tmp_path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")}
+
+
+def test_values_are_those_of_the_plain_computation(folder, tmp_path, use):
+    backbone = use(tiny())
+    images = load_images(str(folder))
+    features = embed(images, "tiny", **options(tmp_path, dtype="float32"))
+    with torch.inference_mode():
+        rows = [backbone.model(torch.from_numpy(prepare(i))[None]) for i in images.images]
+    np.testing.assert_allclose(features.x, torch.cat(rows).numpy(), rtol=1e-5, atol=1e-6)
+    half = embed(images, "tiny", **options(tmp_path / "half"))
+    assert half.x.dtype == np.float16
+    np.testing.assert_allclose(half.x, features.x, rtol=1e-3, atol=1e-5)
+
+
+def test_worker_processes_change_nothing(folder, tmp_path, use):
+    use(tiny())
+    images = load_images(str(folder))
+    alone = embed(images, "tiny", **options(tmp_path))
+    several = embed(images, "tiny", **(options(tmp_path / "b") | {"num_workers": 2}))
+    np.testing.assert_array_equal(several.x, alone.x)
+
+
+def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, use):
+    use(tiny())
+    expected = embed(load_images(str(folder)), "tiny", **options(tmp_path / "whole"))
+    for name in ("017.png", "040.png"):
+        (folder / name).write_bytes(b"no image")
+    images = load_images(str(folder), labels=None)
+    with pytest.warns(UserWarning, match=r"2 of 60 images could not be read, the first, 017\.png"):
+        features = embed(images, "tiny", **options(tmp_path))
+    kept = [row for row in range(60) if row not in (17, 40)]
+    np.testing.assert_array_equal(features.x, expected.x[kept])
+    assert features.ids == tuple(f"{row:03d}.png" for row in kept)
+    table = pd.read_csv(next(tmp_path.rglob("cache/**/unreadable.csv")))
+    assert table["id"].tolist() == ["017.png", "040.png"]
+    assert table["reason"].str.len().min() > 3
+    for data_dir in ("cache", "fresh"):  # from the cache, and computed
+        stopping = options(tmp_path, on_error="stop") | {"data_dir": tmp_path / data_dir}
+        with pytest.raises(ValueError, match=r"image '017\.png': .*on_error='skip'"):
+            embed(images, "tiny", **stopping)
+
+
+def test_a_folder_without_a_readable_image_is_an_error(tmp_path, use):
+    use(tiny())
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no image can be read"):
+        embed(load_images(str(tmp_path)), "tiny", **options(tmp_path))
+
+
+def test_a_batch_that_does_not_fit_is_halved(folder, tmp_path, use):
+    use(tiny())
+    expected = embed(load_images(str(folder)), "tiny", **options(tmp_path / "whole"))
+    use(tiny(most=3))
+    features = embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    np.testing.assert_allclose(features.x, expected.x, rtol=1e-2)
+    assert features.manifest["forward_sizes"] == [[0, 8], [0, 4], [0, 2]]
+    use(tiny(most=0))
+    with pytest.raises(MemoryError, match="one image does not fit"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path / "none"))
+
+
+def test_values_beyond_half_precision_are_named(folder, tmp_path, use):
+    backbone = use(tiny())
+    backbone.model.weight.data *= 1e6
+    with pytest.raises(ValueError, match=r"image '000\.png'.*float16; give dtype='float32'"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    backbone.model.weight.data *= 0
+    with pytest.raises(ValueError, match=r"image '000\.png'.*all zeros"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path / "zeros"))
+
+
+def test_what_changed_is_named_and_nothing_stale_is_used(folder, tmp_path, use):
+    use(tiny())
+    embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    Image.new("RGB", (9, 9), "red").save(folder / "new.png")
+    with pytest.warns(UserWarning, match=r"anew: 1 images are new \(new\.png …\)"):
+        features = embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    assert len(features) == 61
+    (folder / "new.png").unlink()
+    with pytest.warns(UserWarning, match=r"anew: 1 images are gone \(new\.png …\)"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    Image.new("RGB", (7, 7), "blue").save(folder / "003.png")
+    with pytest.warns(UserWarning, match="images of the same names have changed"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    other = use(tiny(seed=1))
+    with pytest.warns(UserWarning, match="weights was 'seed 0', is 'seed 1'"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    use(dataclasses.replace(other, preprocessing="16 px"))
+    with pytest.warns(UserWarning, match="preprocessing was '8 px', is '16 px'"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path))
+
+
+def test_an_interrupted_extraction_goes_on(folder, tmp_path, use, monkeypatch):
+    use(tiny())
+    images = load_images(str(folder))
+    embed(images, "tiny", **options(tmp_path / "whole"))
+    backbone = use(tiny())
+
+    def interrupt(self, x, forward=Tiny.forward):
+        if self.calls == 3:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(images, "tiny", **options(tmp_path))
+    backbone.model.calls = 0
+    embed(images, "tiny", **options(tmp_path))
+    assert backbone.model.calls == 8 - 3  # batches
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop_at", ["embeddings.npy", "ids.json", "unreadable.csv", "manifest"])
+def test_a_stop_while_the_cache_is_written_loses_nothing(
+    folder, tmp_path, use, monkeypatch, stop_at
+):
+    use(tiny())
+    images = load_images(str(folder))
+    embed(images, "tiny", **options(tmp_path / "whole"))
+    backbone = use(tiny())
+
+    def stopping(write):
+        def stop(*args):
+            if stop_at in str([*args[:1], args[-1]]):
+                raise KeyboardInterrupt
+            write(*args)
+
+        return stop
+
+    for name in ("copy_rows", "write_json", "write_whole"):
+        monkeypatch.setattr(embeddings, name, stopping(getattr(embeddings, name)))
+    with pytest.raises(KeyboardInterrupt):
+        embed(images, "tiny", **options(tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(embeddings, "load_backbone", lambda *_, **__: backbone)
+    backbone.model.calls = 0
+    embed(images, "tiny", **options(tmp_path))
+    assert backbone.model.calls == 0
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_path, use):
+    use(tiny())
+    images = load_images(str(folder))
+    embed(images, "tiny", **options(tmp_path / "whole"))
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import test_extraction as t
+from temi import embeddings, extraction
+extraction.SAVE_SECONDS = 0.0
+embeddings.load_backbone = lambda *_, **__: t.tiny(pause=0.3)
+images = t.load_images({str(folder)!r})
+print("go", flush=True)
+t.embed(images, "tiny", **t.options(t.Path({str(tmp_path)!r})))
+"""
+    rng = random.Random(0)
+    done = []
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT,
+                                 env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert child.stdout.readline() == b"go\n"
+        time.sleep(rng.uniform(0.4, 1.0))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        log = next(tmp_path.rglob("cache/**/progress.json"))
+        done.append(json.loads(log.read_text())["rows"])
+    assert 0 < done[0] < done[1] < done[2] <= 60
+    embed(images, "tiny", **options(tmp_path))
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+def test_pixels_of_images_that_differ_in_size(folder, tmp_path):
+    Image.new("RGB", (9, 9), "red").save(folder / "058.png")
+    images = load_images(str(folder))
+    message = r"image '058\.png' is 9 x 9 x 3 where those before are 10 x 12 x 3: give image_size"
+    for size in (8, 64):  # in a later batch, in the first
+        with pytest.raises(ValueError, match=message):
+            embed(images, "pixels", **options(tmp_path) | {"batch_size": size})
+    assert embed(images, "pixels", image_size=4, **options(tmp_path)).x.shape == (60, 48)
+
+
+def test_unknown_values_are_named(folder, tmp_path):
+    images = load_images(str(folder))
+    for name, value in (("dtype", "int8"), ("on_error", "go"), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=f"^{name}={value!r}: .* is allowed"):
+            embed(images, "pixels", **{name: value})
+
+
+def test_memory_errors_are_recognised():
+    assert extraction.is_out_of_memory(MemoryError())
+    text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
+    assert extraction.is_out_of_memory(RuntimeError(text))
+    assert not extraction.is_out_of_memory(RuntimeError("shape mismatch"))

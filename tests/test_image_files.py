@@ -1,0 +1,239 @@
+"""Folders of images: what is listed, how it is decoded, and what happens to broken files."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from temi.data import UnreadableImageError, load_images
+from temi.embeddings import embed
+from temi.files import write_json
+from temi.image_files import ImageFiles, decode, readable_name
+
+RED, GREY = (255, 0, 0), 128
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
+    """A PNG file written by hand."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    )
+
+
+def red(mode: str = "RGB", size=(6, 4)) -> Image.Image:
+    return Image.new("RGB", size, RED).convert(mode)
+
+
+def half_clear() -> Image.Image:
+    """Left half opaque red, right half transparent black."""
+    image = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
+    image.paste((*RED, 255), (0, 0, 3, 4))
+    return image
+
+
+def animation() -> bytes:
+    frames = [Image.new("RGB", (6, 4), color) for color in (RED, "blue", "green")]
+    return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def upside() -> bytes:
+    """Stored lying on its side; the camera says how to turn it."""
+    image = Image.new("RGB", (6, 4), "blue")
+    image.paste(RED, (0, 0, 1, 4))  # the left edge; turned clockwise, the upper one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(image, "PNG", exif=exif)
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+JPEG = saved(Image.fromarray(NOISE), "JPEG")
+SIXTEEN = b"".join(b"\0" + struct.pack(">6H", *[32896] * 6) for _ in range(4))  # 128 * 257
+FLOATS = Image.fromarray(np.linspace(-2, 5, 24, dtype=np.float32).reshape(4, 6))
+
+CONVERTED = {  # name -> content, expected shape, expected upper left pixel
+    "plain.jpg": (saved(red(), "JPEG", quality=95), (4, 6, 3), RED),
+    "UPPER.JPG": (saved(red(), "JPEG", quality=95), (4, 6, 3), RED),
+    "grey.png": (saved(Image.new("L", (6, 4), GREY), "PNG"), (4, 6), GREY),
+    "bilevel.png": (saved(Image.new("1", (6, 4), 1), "PNG"), (4, 6), 255),
+    "palette.png": (saved(red("P"), "PNG"), (4, 6, 3), RED),
+    "palette.gif": (saved(red("P"), "GIF"), (4, 6, 3), RED),
+    "alpha.png": (saved(half_clear(), "PNG"), (4, 6, 3), RED),
+    "alpha.webp": (saved(half_clear(), "WEBP", lossless=True), (4, 6, 3), RED),
+    "clear.png": (saved(Image.new("RGBA", (6, 4), (*RED, 0)), "PNG"), (4, 6, 3), (255,) * 3),
+    "grey_alpha.png": (saved(Image.new("LA", (6, 4), (0, 0)), "PNG"), (4, 6), 255),
+    "cmyk.jpg": (saved(red("CMYK"), "JPEG", quality=95), (4, 6, 3), RED),
+    "cmyk.tif": (saved(red("CMYK"), "TIFF"), (4, 6, 3), RED),
+    "lab.tiff": (saved(Image.new("LAB", (6, 4), (255, 128, 128)), "TIFF"), (4, 6, 3), (255,) * 3),
+    "sixteen.png": (png(6, 4, 16, 0, SIXTEEN), (4, 6), GREY),
+    "sixteen.tif": (saved(Image.new("I;16", (6, 4), 65535), "TIFF"), (4, 6), 255),
+    "float.tif": (saved(FLOATS, "TIFF"), (4, 6), 0),
+    "animated.gif": (animation(), (4, 6, 3), RED),
+    "turned.png": (upside(), (6, 4, 3), RED),
+    "one_pixel.bmp": (saved(red(size=(1, 1)), "BMP"), (1, 1, 3), RED),
+    "jpeg_called.png": (saved(red(), "JPEG", quality=95), (4, 6, 3), RED),
+    "new\nline, and 'quotes\".png": (saved(red(), "PNG"), (4, 6, 3), RED),
+    os.fsdecode(b"latin-\xe9.png"): (saved(red(), "PNG"), (4, 6, 3), RED),
+    "\u65e5\u672c.png": (saved(red(), "PNG"), (4, 6, 3), RED),
+}
+REPORTED = {  # name -> content, words of the reason
+    "empty.jpg": (b"", "an empty file"),
+    "text.jpg": (b"this is no picture", "not an image in a known format"),
+    "zeros.png": (bytes(1000), "not an image in a known format"),
+    "truncated.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "truncated.png": (saved(red(size=(64, 64)), "PNG")[:80], "broken"),
+    "header_only.png": (png(6, 4, 8, 0, b"")[:33], "not an image in a known format"),
+    "bad_content.png": (png(6, 4, 8, 0, bytes(28)).replace(b"IDATx", b"IDATy"), "broken"),
+    "bomb.png": (png(20_000, 20_000, 1, 0, bytes(2501 * 20)), "too large: more than 178 million"),
+    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in a known format"),
+}
+LINKS = {"loop.png": "loop.png", "dangling.png": "nowhere.png"}
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """33 odd or broken files among ten good ones, a pipe, a loop of links, a folder x.jpg."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(10):
+        Image.new("RGB", (6, 4), (number, 100, 200)).save(root / f"good{number}.png")
+    for name, (content, *_) in (CONVERTED | REPORTED).items():
+        (root / name).write_bytes(content)
+    for name, target in LINKS.items():
+        (root / name).symlink_to(target)
+    os.mkfifo(root / "pipe.png")
+    (root / "folder.jpg").mkdir()
+    (root / "folder.jpg" / "inside.png").write_bytes(saved(red(), "PNG"))
+    (root / ".hidden.png").write_bytes(saved(red(), "PNG"))
+    (root / "notes.txt").write_text("not an image, and not meant as one")
+    (root / "round").symlink_to(root, target_is_directory=True)
+    return root
+
+
+def test_there_are_thirty_of_them():
+    assert len(CONVERTED) + len(REPORTED) + len(LINKS) + 2 >= 30
+
+
+@pytest.mark.parametrize("name", CONVERTED, ids=readable_name)
+def test_converted(hostile, name):
+    _, shape, pixel = CONVERTED[name]
+    picture = decode(str(hostile / name))
+    assert picture.dtype == np.uint8
+    assert picture.shape == shape
+    np.testing.assert_allclose(picture[0, 0].astype(int), pixel, atol=2)
+
+
+@pytest.mark.parametrize("name", [*REPORTED, *LINKS, "pipe.png", "gone.png"])
+def test_reported(hostile, name):
+    words = {"loop.png": "levels of symbolic links", "dangling.png": "No such file"}
+    words |= {"pipe.png": "not a file", "gone.png": "No such file"}
+    words |= {name: reason for name, (_, reason) in REPORTED.items()}
+    with pytest.raises(UnreadableImageError) as error:
+        decode(str(hostile / name))
+    assert words[name] in error.value.reason
+    assert "\n" not in error.value.reason
+    assert str(hostile) not in error.value.reason
+
+
+def test_frames_and_transparency_in_full(hostile):
+    assert (decode(str(hostile / "alpha.png"))[:, :3] == RED).all()
+    assert (decode(str(hostile / "alpha.png"))[:, 3:] == 255).all()
+    turned = decode(str(hostile / "turned.png"))
+    assert (turned[0] == RED).all()
+    assert (turned[1:] == (0, 0, 255)).all()
+    assert decode(str(hostile / "float.tif"))[-1, -1] == 255
+
+
+def test_what_is_listed(hostile):
+    images = load_images(str(hostile))
+    expected = {f"good{n}.png" for n in range(10)} | set(REPORTED) | set(LINKS) | {"pipe.png"}
+    expected |= {readable_name(name) for name in CONVERTED} | {"folder.jpg/inside.png"}
+    assert set(images.ids) == expected
+    assert list(images.images.names) == sorted(images.images.names)
+    assert r"latin-\xe9.png" in images.ids
+
+
+def test_the_report_and_the_tables(hostile, tmp_path):
+    images = load_images(str(hostile))
+    with pytest.warns(UserWarning, match=r"12 of 46 images could not be read"):
+        features = embed(
+            images, "pixels", image_size=4, data_dir=tmp_path, num_workers=0, progress=False
+        )
+    report = pd.read_csv(next(tmp_path.rglob("unreadable.csv")))
+    assert set(report["id"]) == {*REPORTED, *LINKS, "pipe.png"}
+    assert len(features) == 34
+    write_json(tmp_path / "ids.json", features.ids)
+    pd.Series(features.ids).to_csv(tmp_path / "ids.csv", index=False)
+    assert pd.read_csv(tmp_path / "ids.csv")["0"].tolist() == list(features.ids)
+    assert "new\nline, and 'quotes\".png" in features.ids
+
+
+def test_pictures_travel_to_other_processes(hostile):
+    import pickle
+
+    files = ImageFiles(str(hostile), ("good3.png",))
+    assert (pickle.loads(pickle.dumps(files))[0][0, 0] == (3, 100, 200)).all()
+
+
+def test_classes_are_sub_folders_only_when_asked(tmp_path):
+    for name in ("b/1.png", "a/x/2.png", "a/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        red().save(tmp_path / name)
+    images = load_images(str(tmp_path))
+    assert images.labels is None
+    assert images.ids == ("a/3.png", "a/x/2.png", "b/1.png")
+    labelled = load_images(str(tmp_path), labels="folders")
+    assert labelled.class_names == ("a", "b")
+    assert labelled.labels.tolist() == [0, 0, 1]
+    assert labelled.fingerprint == images.fingerprint
+    assert load_images(str(tmp_path), split="a").ids == ("3.png", "x/2.png")
+    with pytest.raises(ValueError, match=r"split='test': .* has no sub-folder"):
+        load_images(str(tmp_path), split="test")
+    red().save(tmp_path / "loose.png")
+    with pytest.raises(ValueError, match=r"image 'loose\.png' lies in no sub-folder"):
+        load_images(str(tmp_path), labels="folders")
+    with pytest.raises(ValueError, match="labels='names': 'folders' or None is allowed"):
+        load_images(str(tmp_path), labels="names")
+
+
+def test_fingerprint_notices_added_and_changed_files(tmp_path):
+    red().save(tmp_path / "a.png")
+    before = load_images(str(tmp_path)).fingerprint
+    assert load_images(str(tmp_path)).fingerprint == before
+    red(size=(9, 9)).save(tmp_path / "a.png")
+    changed = load_images(str(tmp_path)).fingerprint
+    red().save(tmp_path / "b.png")
+    assert len({before, changed, load_images(str(tmp_path)).fingerprint}) == 3
+
+
+def test_empty_and_missing_folders(tmp_path):
+    with pytest.raises(ValueError, match="there is no image in this folder"):
+        load_images(str(tmp_path))
+    with pytest.raises(ValueError, match=r"one of 'digits', .*, an existing folder of images"):
+        load_images(str(tmp_path / "gone"))
+
+
+def test_relative_paths_start_here_then_at_home(tmp_path, monkeypatch):
+    (tmp_path / "home" / "photos").mkdir(parents=True)
+    red().save(tmp_path / "home" / "photos" / "a.png")
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert load_images("photos").ids == ("a.png",)
+    (tmp_path / "photos").mkdir()
+    red().save(tmp_path / "photos" / "b.png")
+    assert load_images("photos").ids == ("b.png",)
