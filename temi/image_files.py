@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # no others: EPS would run Ghostscript
 
 
 class UnreadableImageError(ValueError):
@@ -115,7 +116,7 @@ def decode(path: str) -> np.ndarray:
             raise UnreadableImageError("an empty file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, and large photographs
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return np.array(_eight_bit(ImageOps.exif_transpose(image)))
     except UnreadableImageError:
