@@ -4,19 +4,20 @@ import ast
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from temi.backbones import load_backbone
-from temi.config import TrainConfig, check_types
+from temi.config import RunOptions, TrainConfig
 from temi.data import check_dataset
 
 
 @dataclass(frozen=True)
-class JobConfig:
-    """Where a job's images come from and where its files go.
+class JobConfig(RunOptions):
+    """Where a job's images come from, where its files go, and how its run is kept.
 
     ``dataset`` and ``backbone`` are the names that :func:`temi.load_images` and
     :func:`temi.load_backbone` know; ``data_dir``, ``force_recompute``: see :func:`temi.embed`;
-    ``run_dir``, ``overwrite``: see :func:`temi.train`.
+    ``run_dir``: see :func:`temi.train`; the rest: see :class:`temi.RunOptions`.
 
     Raises
     ------
@@ -28,13 +29,17 @@ class JobConfig:
     backbone: str = "pixels"
     data_dir: str = "data"
     run_dir: str | None = None
-    overwrite: bool = False
     force_recompute: bool = False
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
         check_dataset(self.dataset)
         load_backbone(self.backbone)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :class:`temi.RunOptions` takes: the options of :func:`temi.train`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(RunOptions)}
 
 
 def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
@@ -78,7 +83,7 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
 def is_default(job: JobConfig, config: TrainConfig) -> bool:
     """Whether a notebook runs as it is stored, so that what its text claims can be checked.
 
-    Where files go does not matter, nor the device.
+    Where files go does not matter, nor how they are kept, nor the device.
     """
     default = JobConfig()
     same_data = (job.dataset, job.backbone) == (default.dataset, default.backbone)
