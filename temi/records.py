@@ -153,12 +153,12 @@ class Record:
             self.checkpoints, epoch, best, options.checkpoint_every, options.keep_checkpoints
         )
 
-    def emergency(self, state: Callable[[], dict]) -> None:
-        """Save what ``state()`` returns, the last complete step of a training that is cut short."""
+    def emergency(self, state: Callable[..., dict], *arguments) -> None:
+        """Save ``state(*arguments)``, the last complete step of a training that is cut short."""
         if self.folder is None:
             return
         self.pending.result()
-        content = state()
+        content = state(*arguments)
         checkpoints.save(self.checkpoints / checkpoints.EMERGENCY, content, position(content))
         tqdm.write(
             f"stopped after {content['epoch']} epochs and {content['step']} steps; "

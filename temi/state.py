@@ -1,4 +1,4 @@
-"""All that a training is between two steps: what a checkpoint holds, and what the loop goes on from."""
+"""All that a training is between two steps, which is what a checkpoint holds."""
 
 import copy
 

@@ -123,14 +123,15 @@ def train(
                     whole = run_epoch(training, signals, record.log_step)
                 except DivergenceError as error:
                     if options.on_divergence == "stop" or len(training.retries) == RETRIES:
-                        record.emergency(lambda: good if error.collapse else rewind(training, good))
+                        steps = good["step"] if error.collapse else training.step
+                        record.emergency(rewind, training, good, steps)
                         raise
                     tqdm.write(f"{error}; trying again", file=sys.stdout)
                     retry(training, good, error)
                     good = training.capture()
                     continue
                 except BaseException as error:
-                    record.emergency(lambda: rewind(training, good))
+                    record.emergency(rewind, training, good, training.step)
                     if is_out_of_memory(error):
                         traceback.clear_frames(error.__traceback__)  # they hold its tensors
                         raise MemoryError(what_fits(config, x)) from error
@@ -236,7 +237,8 @@ def _end_epoch(training: Training, steps: int, seconds: float) -> None:
     if 2 * len(collapsed) >= len(training.losses):
         raise DivergenceError(training.epoch + 1, None, collapsed, rate)
     if collapsed and (not training.history or training.history[-1]["collapsed_heads"] != collapsed):
-        tqdm.write(f"epoch {training.epoch + 1}: the clusters of heads {collapsed} collapsed")
+        said = f"epoch {training.epoch + 1}: the clusters of heads {collapsed} collapsed"
+        tqdm.write(said, file=sys.stdout)
     entropy = torch.special.entr(training.state.marginal).sum(dim=-1)  # (H)
     training.history.append(
         {
@@ -252,19 +254,19 @@ def _end_epoch(training: Training, steps: int, seconds: float) -> None:
     training.epoch += 1
 
 
-def rewind(training: Training, good: dict) -> dict:
-    """What a checkpoint holds after the last complete step, whatever was half done since.
+def rewind(training: Training, good: dict, steps: int) -> dict:
+    """What a checkpoint holds after so many steps of the epoch, whatever was half done since.
 
-    The epoch's steps are done again from ``good``, an earlier state of the same epoch. Where
-    that fails too, ``good`` itself is returned.
+    The steps are done again from ``good``, an earlier state of the same epoch. Where that fails
+    too, ``good`` itself is returned.
     """
-    complete = training.step
     try:
         training.restore(good)
-        run_epoch(training, until=complete)
+        run_epoch(training, until=steps)
         return training.capture()
     except Exception as error:
-        tqdm.write(f"the state goes back to step {good['step']} of the epoch: {error}")
+        back = f"the state goes back to step {good['step']} of the epoch: {error}"
+        tqdm.write(back, file=sys.stdout)
         return good
 
 
