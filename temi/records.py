@@ -53,7 +53,6 @@ class Record:
         if self.folder is None:
             return
         self.checkpoints = self.folder / checkpoints.FOLDER
-        settle(place.run_dir)
         path, content = resumed or (None, None)
         if path is None or self.folder not in path.parents:
             self._begin(path, settings)

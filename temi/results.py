@@ -1,5 +1,6 @@
 """What a run's ``final_results.json`` says."""
 
+import functools
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
@@ -101,12 +102,17 @@ def final_results(
             "device": str(run.teacher.gain.device),
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("temi", "torch", "numpy", "scikit-learn")},
+            "versions": _versions(),
             "seconds": run.seconds,
             "command": _command(features, config),
         },
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    packages = ("temi", "torch", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:

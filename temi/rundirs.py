@@ -102,7 +102,9 @@ def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:
 
 
 def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) -> Place:
-    """Where a run may grow without destroying anything that is wanted. Changes nothing.
+    """Where a run may grow without destroying anything that is wanted.
+
+    Changes nothing, but for a finished successor whose way to its place was cut short.
 
     Parameters
     ----------
@@ -128,9 +130,9 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
     run_dir = Path(run_dir).absolute()
-    part = part_of(run_dir)
-    standing = _stage(run_dir) or _stage(part)  # the latter: stopped between two renames
-    folder = part if standing == "finished" else run_dir
+    settle(run_dir)
+    standing = _stage(run_dir)
+    folder = part_of(run_dir) if standing == "finished" else run_dir
     growing = _stage(folder) == "unfinished"
     holds = f"run_dir={str(run_dir)!r}: holds"
 
@@ -149,7 +151,7 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
             "start anew, or another run_dir"
         )
     if standing == "finished" and (resume is None or run_dir not in resume.parents):
-        before = json.loads(((run_dir if run_dir.exists() else part) / SETTINGS).read_text())
+        before = json.loads((run_dir / SETTINGS).read_text())
         _refuse(differences(before, settings), f"{holds} a run with")
     return Place(run_dir, folder, resume)
 

@@ -23,7 +23,7 @@ from temi.results import accuracies, run_settings
 from temi.rundirs import check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
-from temi.steps import draw_pairs, teacher_temp_at, training_step
+from temi.steps import TrainState, draw_pairs, learning_rate_at, teacher_temp_at, training_step
 from temi.trouble import (
     DivergenceError,
     Signals,
@@ -33,6 +33,7 @@ from temi.trouble import (
     what_fits,
 )
 
+__all__ = ["TrainState", "draw_pairs", "learning_rate_at", "train", "training_step"]
 RETRIES = 5
 
 
