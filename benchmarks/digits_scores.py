@@ -16,7 +16,7 @@ import torch
 import temi
 from temi import plots
 from temi.metrics import SCORES
-from temi.runs import final_results
+from temi.results import final_results
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = 5

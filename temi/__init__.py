@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "backbones": ["load_backbone"],
         "baselines": ["kmeans"],
-        "config": ["RECIPES", "TrainConfig"],
+        "config": ["RECIPES", "RunOptions", "TrainConfig"],
         "data": ["ImageSet", "load_images"],
         "embeddings": ["Features", "embed", "load_features"],
         "ensemble": ["agreement_between_heads", "align_heads", "vote"],
@@ -19,7 +19,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "metrics": ["cluster_statistics", "evaluate", "match_clusters", "matched_counts"],
         "neighbors": ["nearest_neighbors"],
         "parameters": ["JobConfig", "is_default", "read_parameters"],
-        "runs": ["Run", "plan_run", "save_run", "summary"],
+        "rundirs": ["plan_run"],
+        "runs": ["Run", "list_runs", "load_run", "summary"],
         "training": ["train"],
     },
 )

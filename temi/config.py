@@ -1,12 +1,13 @@
 """Every setting of a training run, its range and its reason, and the recipes."""
 
 import dataclasses
-import functools
-import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field
+
+from temi.checks import check_types
 
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": dict(
@@ -55,8 +56,9 @@ class TrainConfig:
     """Settings of one training run.
 
     A setting that is None takes its value from ``recipe``; after construction no setting is None
-    but ``num_clusters`` (filled in by :meth:`resolve`) and ``clip_grad`` (no clipping). Each
-    annotation states the hard limits, and the range that makes sense in practice.
+    but ``num_clusters`` (filled in by :meth:`resolve`), ``clip_grad`` (no clipping) and
+    ``teacher_temp_start`` (no warm-up of the temperature). Each annotation states the hard limits,
+    and the range that makes sense in practice.
 
     Raises
     ------
@@ -91,6 +93,16 @@ class TrainConfig:
     teacher_temp: _number(
         float, "softmax temperature of the teacher", "0.04 to 0.2", gt=0, le=10
     ) = None
+    teacher_temp_start: _number(
+        float | None,
+        "teacher temperature at first, moved linearly to teacher_temp; None: no move",
+        "0.04 to 0.2",
+        gt=0,
+        le=10,
+    ) = None
+    temp_warmup_epochs: _number(
+        int, "epochs in which the teacher temperature moves", "0 to 30", ge=0
+    ) = 0
     teacher_momentum: _number(
         float, "share of the teacher that a step keeps", "0.9 to 0.999", ge=0, lt=1
     ) = None
@@ -102,7 +114,9 @@ class TrainConfig:
         le=100,
     ) = None
     epochs: _number(int, "passes over the images", "5 to 200", ge=1) = None
-    batch_size: _number(int, "pairs in a step", "64 to 1024", ge=1) = None
+    batch_size: (
+        _number(int, "pairs in a step; 'auto': see resolve", "64 to 1024", ge=1) | Literal["auto"]
+    ) = None
     num_neighbors: _number(int, "nearest neighbours that pairs are drawn from", "5 to 50", ge=1) = (
         None
     )
@@ -139,6 +153,11 @@ class TrainConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         check_types(self)
+        if (self.teacher_temp_start is None) != (self.temp_warmup_epochs == 0):
+            raise ValueError(
+                f"temp_warmup_epochs={self.temp_warmup_epochs!r}: goes with teacher_temp_start="
+                f"{self.teacher_temp_start!r}; give both, or neither"
+            )
         from temi.devices import check_precision, resolve_device  # imports torch
 
         check_precision(self.precision, resolve_device(self.device))
@@ -156,7 +175,9 @@ class TrainConfig:
         Returns
         -------
         TrainConfig
-            With ``num_clusters`` set.
+            With ``num_clusters`` set. ``batch_size="auto"`` stays: the recipe's batch, or all
+            images where they are fewer, halved until :func:`temi.train` has found that a step fits
+            into the device's memory.
 
         Raises
         ------
@@ -174,7 +195,7 @@ class TrainConfig:
             ("num_neighbors", self.num_neighbors, num_images - 1),
             ("batch_size", self.batch_size, num_images),
         ):
-            if value > largest:
+            if value != "auto" and value > largest:
                 raise ValueError(
                     f"{name}={value}: at most {largest} is allowed with {num_images} images"
                 )
@@ -192,57 +213,51 @@ class TrainConfig:
         }
 
 
-def check_types(settings, *names: str) -> None:
-    """Hold the fields of a dataclass against their annotations, types strictly.
-
-    Strictly means that 100.0 is no whole number and "false" no truth value: papermill hands over
-    whatever it was given.
-
-    Parameters
-    ----------
-    settings : dataclass instance
-    names : str
-        Fields to check; all of them when none is named.
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is kept, and what it does in trouble; none of it changes the mathematics.
 
     Raises
     ------
     ValueError
-        One line with the first field that does not fit, its value and what is allowed.
+        One line that names the option, its value and what is allowed.
     """
-    for name, adapter in _adapters(type(settings)).items():
-        if names and name not in names:
-            continue
-        value = getattr(settings, name)
-        try:
-            adapter.validate_python(value)
-        except ValidationError:
-            hint = get_type_hints(type(settings), include_extras=True)[name]
-            raise ValueError(f"{name}={value!r}: {allowed(hint)} is allowed") from None
 
+    resume: Annotated[
+        str | Path | None,
+        Field(description="checkpoint to go on from; 'auto': the newest whole one in run_dir"),
+    ] = None
+    overwrite: Annotated[
+        bool, Field(description="replace an unfinished run, or one of other settings, in run_dir")
+    ] = False
+    on_divergence: Annotated[
+        Literal["stop", "retry"],
+        Field(
+            description="after a non-finite step or a collapse: stop, or go back to the last good "
+            "state at a tenth of the learning rate, up to five times"
+        ),
+    ] = "stop"
+    checkpoint_every: _number(int, "epochs between two checkpoints that stay", "5 to 50", ge=1) = 10
+    keep_checkpoints: _number(
+        int, "how many of these stay; the oldest go first", "1 to 10", ge=0
+    ) = 3
+    best_by: Annotated[
+        Literal["loss", "accuracy"],
+        Field(
+            description="what makes a checkpoint the best: the lowest head's loss, or, as an "
+            "oracle that reads the labels, the accuracy of the vote"
+        ),
+    ] = "loss"
+    log_every: _number(
+        int,
+        "steps between two looks at a GPU: logs, search for non-finite steps",
+        "10 to 500",
+        ge=1,
+    ) = 50
 
-@functools.cache
-def _adapters(cls) -> dict[str, TypeAdapter]:
-    strict = ConfigDict(strict=True, allow_inf_nan=False)
-    hints = get_type_hints(cls, include_extras=True)
-    return {name: TypeAdapter(hint, config=strict) for name, hint in hints.items()}
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-_LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
-
-
-def allowed(hint) -> str:
-    """In words, the values that an annotation admits."""
-    if get_origin(hint) is Annotated:
-        kind, field = get_args(hint)
-        limits = [
-            f"{word} {getattr(limit, key):g}"
-            for limit in field.metadata
-            for key, word in _LIMITS.items()
-            if hasattr(limit, key) and math.isfinite(getattr(limit, key))
-        ]
-        return " ".join([allowed(kind), *limits])
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    parts = get_args(hint) or (hint,)
-    return " or ".join(_KINDS.get(part, "None") for part in parts)
+    def __post_init__(self):
+        check_types(self)
+        if self.resume == "auto" and self.overwrite:
+            raise ValueError(
+                "overwrite=True: would remove what resume='auto' goes on from; give one of the two"
+            )

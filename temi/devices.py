@@ -62,3 +62,11 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
 def half_precision(precision: str, device: torch.device) -> torch.autocast:
     """Context in which matrix products run in bfloat16 if :func:`uses_bf16`, else in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of a GPU or of the machine, was not enough."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )

@@ -11,17 +11,22 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from boltons.fileutils import atomic_save
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from temi.backbones import Backbone, stack
-from temi.config import check_types
+from temi.checks import check_types
 from temi.data import ImageSet, UnreadableImageError
-from temi.devices import check_precision, half_precision, resolve_device, uses_bf16
-from temi.files import write_json
+from temi.devices import (
+    check_precision,
+    half_precision,
+    is_out_of_memory,
+    resolve_device,
+    uses_bf16,
+)
+from temi.files import whole_file, write_json
 
 PROGRESS = "progress.json"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
@@ -187,12 +192,6 @@ def unreadable_error(name: str, reason: str) -> ValueError:
     return ValueError(f"image {name!r}: {reason}; {remedy}")
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    texts = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
-
-
 def _as_dtype(x: np.ndarray, dtype: str, ids: Sequence[str], rows: list[int]) -> np.ndarray:
     """``x`` in the precision that is stored, every row of it finite and not all zero."""
     with np.errstate(over="ignore"):  # said below, with the image
@@ -224,7 +223,7 @@ def copy_rows(source: Path, rows: Sequence[int], target: Path) -> None:
     """Write some rows of an array's file to another file, whole or not at all, in flat memory."""
     x = np.load(source, mmap_mode="r")
     header = {"descr": x.dtype.str, "fortran_order": False, "shape": (len(rows), x.shape[1])}
-    with atomic_save(str(target), overwrite_part=True) as file:
+    with whole_file(target) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(rows), 65536):
             file.write(x[rows[start : start + 65536]].tobytes())

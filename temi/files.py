@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from boltons.fileutils import atomic_save
 
 _PLAIN = re.compile(r"[a-z0-9_]([a-z0-9._+-]{0,58}[a-z0-9_+-])?")
 _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # what Windows keeps for itself
 
-
+RESULTS = "final_results.json"  # of a run directory, as the next
+SETTINGS = "config.json"
 CHECKOUT = Path(__file__).parents[1]
 
 
@@ -50,9 +53,31 @@ def path_part(name: str) -> str:
     return f"{safe}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}".lstrip("-")
 
 
+@contextmanager
+def whole_file(path: Path, text_mode: bool = False) -> Iterator[IO]:
+    """A file to write to, beside ``path``, that takes its place once flushed and closed.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written (a full disk, say): what stood at ``path`` is as it was.
+    """
+    try:
+        with atomic_save(path, text_mode=text_mode, overwrite_part=True) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        # torch.save says RuntimeError over the OSError of a full disk
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(
+            cause.errno, f"{cause.strerror}; what stood there before is as it was", str(path)
+        ) from error
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file through a temporary one beside it, flushed and renamed."""
-    with atomic_save(path, text_mode=True, overwrite_part=True) as file:
+    """Write a text file whole or not at all; see :func:`whole_file`."""
+    with whole_file(path, text_mode=True) as file:
         file.write(text)
 
 

@@ -4,24 +4,24 @@ import ast
 import dataclasses
 import difflib
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from temi.backbones import check_backbone
-from temi.config import TrainConfig, check_types
+from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet, check_dataset, load_images
 from temi.embeddings import Features, embed, load_features
 
 
 @dataclass(frozen=True)
-class JobConfig:
-    """Where a job's images come from and where its files go.
+class JobConfig(RunOptions):
+    """Where a job's images come from, where its files go, and how its run is kept.
 
     ``dataset``: what :func:`temi.load_images` or :func:`temi.load_features` takes; ``split``,
     ``labels``: see the former; ``backbone``, ``weights``, ``image_size``: see
     :func:`temi.load_backbone`; ``data_dir``, ``force_recompute``: see :func:`temi.embed`;
-    ``run_dir``, ``overwrite``: see :func:`temi.train`.
+    ``run_dir``: see :func:`temi.train`; the rest: see :class:`temi.RunOptions`.
 
     Raises
     ------
@@ -37,11 +37,10 @@ class JobConfig:
     weights: str | None = None
     data_dir: str = "data"
     run_dir: str | None = None
-    overwrite: bool = False
     force_recompute: bool = False
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
         check_dataset(self.dataset)
         check_backbone(self.backbone)
 
@@ -54,10 +53,13 @@ class JobConfig:
         )
 
     def embed(self, data: ImageSet | Features, config: TrainConfig) -> Features:
-        """What :meth:`load` gave, as embeddings, computed on the device of the training."""
+        """What :meth:`load` gave, as embeddings, computed on the device of the training.
+
+        Their manifest holds the settings of this job that made them, for the record of the run.
+        """
         if isinstance(data, Features):
             return data
-        return embed(
+        features = embed(
             data,
             self.backbone,
             weights=self.weights,
@@ -67,6 +69,18 @@ class JobConfig:
             precision=config.precision,
             force_recompute=self.force_recompute,
         )
+        return dataclasses.replace(features, manifest=features.manifest | {"job": self.source})
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The settings that say where the embeddings come from, but for those left at None."""
+        names = ("dataset", "split", "labels", "backbone", "image_size", "weights")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What :class:`temi.RunOptions` takes: the options of :func:`temi.train`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(RunOptions)}
 
 
 def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
@@ -110,13 +124,9 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
 def is_default(job: JobConfig, config: TrainConfig) -> bool:
     """Whether a notebook runs as it is stored, so that what its text claims can be checked.
 
-    Where files go does not matter, nor the device.
+    Where files go does not matter, nor how they are kept, nor the device.
     """
-    default = JobConfig()
-    same_data = all(
-        getattr(job, name) == getattr(default, name)
-        for name in ("dataset", "backbone", "split", "image_size", "weights")
-    )
+    same_data = job.source == JobConfig().source
     return same_data and config.recipe == TrainConfig().recipe and not config.changes()
 
 

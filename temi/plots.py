@@ -8,6 +8,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from temi.runs import Run
+
 TILE = 64  # pixels of a side that a picture in a row has at most
 
 _PALETTE = sns.color_palette("colorblind").as_hex()
@@ -50,6 +52,31 @@ def training_curves(history: Sequence[dict], num_clusters: int) -> Figure:
         title="Clusters stay in use", xlabel="epoch", ylabel="marginal entropy (nats)", ylim=0
     )
     right.legend(loc="lower right")
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    plt.close(figure)
+    return figure
+
+
+def compare_runs(runs: Sequence[Run], names: Sequence[str]) -> Figure:
+    """Loss of the lowest-loss head, and where labels exist accuracy of the vote, of several runs.
+
+    Losses can be compared where data, temperatures and beta are the same.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    names : sequence of str
+        Of the runs, for the legend.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    for run, name in zip(runs, names, strict=True):
+        epochs = [entry["epoch"] for entry in run.history]
+        left.plot(epochs, [min(entry["head_losses"]) for entry in run.history], label=name)
+        right.plot(epochs, [entry.get("ensemble_acc", np.nan) for entry in run.history], label=name)
+    left.set(title="Loss of the lowest-loss head", xlabel="epoch", ylabel="loss (nats)")
+    right.set(title="Accuracy of the vote", xlabel="epoch", ylabel="ACC", ylim=(0, 1))
+    left.legend()
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)
     plt.close(figure)

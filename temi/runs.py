@@ -1,10 +1,7 @@
-"""A finished run: what it predicts, and the directory that records it."""
+"""A run: what it predicts, and how it is read back and held against others."""
 
 import json
-import platform
-import shutil
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +9,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from temi import ensemble
-from temi.baselines import kmeans
+from temi import checkpoints, ensemble
 from temi.config import TrainConfig
-from temi.data import ImageSet
 from temi.embeddings import Features, as_array, normalize
-from temi.files import home, path_part, write_json, write_whole
+from temi.files import RESULTS, home
 from temi.heads import MultiHead
-from temi.metrics import SCORES, cluster_statistics, evaluate
-from temi.parameters import JobConfig
-
-RESULTS = "final_results.json"
-SETTINGS = "config.json"
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,11 @@ class Run:
     agreement : ndarray [N]
         Share of heads that voted with the winner.
     history : list of dict
-        One entry an epoch; see :func:`temi.training.train_epoch`.
+        One entry an epoch; see :class:`temi.training.Training`. Where labels exist, also accuracies
+        of the labels that the teachers gave while the epoch ran; in the last, of the final ones.
+    retries : list of dict
+        One entry for each time the training went back; see
+        :attr:`temi.trouble.DivergenceError.entry`.
     seconds : dict
         Wall time of each stage.
     """
@@ -62,7 +56,41 @@ class Run:
     labels: np.ndarray
     agreement: np.ndarray
     history: list[dict]
+    retries: list[dict]
     seconds: dict[str, float]
+
+    @classmethod
+    def from_heads(
+        cls,
+        config: TrainConfig,
+        teacher: MultiHead,
+        mean: np.ndarray,
+        own_labels: np.ndarray,
+        history: list[dict],
+        retries: list[dict],
+        seconds: dict[str, float],
+    ) -> "Run":
+        """Align the heads, given their clusters [H, N] in each head's own numbers, and vote."""
+        clusters = config.num_clusters
+        losses = history[-1]["head_losses"] if history else [0.0] * len(own_labels)
+        head_losses = np.array(losses)
+        best = int(head_losses.argmin())
+        alignment = ensemble.align_heads(own_labels, clusters, best)
+        aligned = ensemble.relabel(own_labels, alignment)
+        voted = ensemble.vote(aligned, clusters, best)
+        seconds = seconds | {"training": sum(entry["seconds"] for entry in history)}
+        return cls(
+            config,
+            teacher,
+            mean,
+            head_losses,
+            alignment,
+            aligned,
+            *voted,
+            history,
+            retries,
+            seconds,
+        )
 
     @property
     def best_head(self) -> int:
@@ -103,133 +131,81 @@ class Run:
         return torch.from_numpy(normalize(as_array(features), self.config.normalize, self.mean))
 
 
-def plan_run(
-    job: JobConfig, config: TrainConfig, data: ImageSet | Features
-) -> tuple[TrainConfig, Path]:
-    """Hold a job against its data and its run directory, before any work.
+def load_run(path: str | Path) -> Run:
+    """Read a run back.
 
     Parameters
     ----------
-    job : JobConfig
-    config : TrainConfig
-    data : ImageSet or Features
-        What ``job.load()`` gave.
+    path : path
+        A run directory, of a finished run or of one that is not (its newest whole checkpoint is
+        taken); or a checkpoint. Relative to the current folder, else to :func:`temi.files.home`.
 
     Returns
     -------
-    TrainConfig
-        With the number of clusters.
-    Path
-        ``job.run_dir``, a relative one below :func:`temi.files.home`; else
-        :func:`default_run_dir`.
+    Run
+        Ready to predict, on the CPU. The labels of a finished run are those that it reported.
 
     Raises
     ------
     ValueError
-        See :meth:`temi.TrainConfig.resolve` and :func:`check_run_dir`.
+        If there is no such run, or no checkpoint of it is whole.
     """
-    run_dir = default_run_dir(job.dataset, job.backbone, config)
-    if job.run_dir is not None:
-        run_dir = home() / job.run_dir
-    config = config.resolve(len(data), data.num_classes)
-    check_run_dir(run_dir, run_settings(job.dataset, job.backbone, config), job.overwrite)
-    return config, run_dir
+    found = next((p for p in (Path(path), home() / path) if p.exists()), None)
+    if found is None:
+        raise ValueError(f"path={str(path)!r}: there is no such run directory or checkpoint")
+    content = checkpoints.load(found) if found.is_file() else None
+    if found.is_dir():
+        newest = checkpoints.newest(found / checkpoints.FOLDER)
+        if newest is None:
+            raise ValueError(f"path={str(path)!r}: holds no checkpoint")
+        _, content = newest
+    settings = {key: value for key, value in content["config"].items()
+                if key not in ("dataset", "backbone", "device")}  # fmt: skip
+    config = TrainConfig(**settings)
+    heads, hidden_dim, in_dim = content["teacher"]["weight1"].shape
+    _, bottleneck_dim, _ = content["teacher"]["weight2"].shape
+    teacher = MultiHead(in_dim, config.num_clusters, heads, hidden_dim, bottleneck_dim)
+    teacher.load_state_dict(content["teacher"])
+    labels = content["labels"].numpy()
+    return Run.from_heads(
+        config, teacher.requires_grad_(False), content["mean"].numpy(), labels,
+        content["history"], content["retries"], {},
+    )  # fmt: skip
 
 
-def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:
-    """``runs/DATASET-BACKBONE``, followed by the settings that differ from the recipe.
+def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
+    """The runs of a folder as a table.
 
     Parameters
     ----------
-    dataset, backbone : str
-    config : TrainConfig
-        As given, before :meth:`temi.TrainConfig.resolve`: a number of clusters counts as different.
+    folder : path
+        Relative to the current folder, else to :func:`temi.files.home`.
 
     Returns
     -------
-    Path
-        Below :func:`temi.files.home`.
+    DataFrame
+        One row a run, by name: ``dataset``, ``backbone``, the settings in which the runs differ,
+        ``acc``, ``nmi``, ``anmi``, ``ari``, ``epochs_done``, ``seconds`` of training,
+        ``finished``. Empty where there is no run.
     """
-    parts = [path_part(dataset), path_part(backbone)]
-    parts += [config.recipe] * (config.recipe != "fast")
-    parts += [path_part(f"{name}{value}".lower()) for name, value in config.changes().items()]
-    return home() / "runs" / "-".join(parts)
-
-
-def check_run_dir(run_dir: Path, settings: dict, overwrite: bool) -> None:
-    """Make sure that saving to ``run_dir`` will destroy nothing that is wanted.
-
-    Parameters
-    ----------
-    run_dir : Path
-    settings : dict
-        From :func:`run_settings`.
-    overwrite : bool
-        Whether a run of other settings may be replaced.
-
-    Raises
-    ------
-    ValueError
-        If the directory holds a run of other settings and ``overwrite`` is False, or holds
-        something else than a run.
-    """
-    if not run_dir.exists() or not any(run_dir.iterdir()):
-        return
-    if not (run_dir / SETTINGS).exists():
-        raise ValueError(f"run_dir={str(run_dir)!r}: holds files but no run; give another run_dir")
-    before = json.loads((run_dir / SETTINGS).read_text())
-    differing = [f"{key}={before.get(key)!r} (now {value!r})" for key, value in settings.items()
-                 if before.get(key) != value and key != "device"]  # fmt: skip
-    if differing and not overwrite:
-        raise ValueError(
-            f"run_dir={str(run_dir)!r}: holds a run with {', '.join(differing)}; "
-            "give overwrite=True or another run_dir"
-        )
-
-
-def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:
-    """What config.json records: data, backbone and every setting of the training."""
-    return {"dataset": dataset, "backbone": backbone, **asdict(config)}
-
-
-def save_run(run: Run, run_dir: Path, features: Features, images: ImageSet | None = None) -> dict:
-    """Write a run's directory, whole or not at all, in the place of an earlier one.
-
-    It holds ``config.json``, ``final_results.json``, ``assignments.csv`` (image, cluster,
-    agreement) and, given images, ``clusters.png``.
-
-    Parameters
-    ----------
-    run : Run
-    run_dir : Path
-    features : Features
-        Those that were trained on.
-    images : ImageSet, optional
-        For the pictures.
-
-    Returns
-    -------
-    dict
-        The content of ``final_results.json``.
-    """
-    results = final_results(run, features)
-    part, old = (run_dir.with_name(f".{run_dir.name}.{what}") for what in ("part", "old"))
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    write_json(part / SETTINGS, run_settings(features.dataset, features.backbone, run.config))
-    write_json(part / RESULTS, results)
-    table = {"id": features.ids, "cluster": run.labels, "agreement": run.agreement}
-    write_whole(part / "assignments.csv", pd.DataFrame(table).to_csv(index=False))
-    if images is not None:
-        from temi.plots import cluster_rows
-
-        cluster_rows(images.images, run.labels, run.agreement).savefig(part / "clusters.png")
-    if run_dir.exists():
-        run_dir.rename(old)
-    part.rename(run_dir)
-    shutil.rmtree(old, ignore_errors=True)
-    return results
+    place = Path(folder) if Path(folder).is_dir() else home() / folder
+    rows, settings = {}, {}
+    for path in sorted(place.glob(f"*/{RESULTS}")):
+        results = json.loads(path.read_text())
+        settings[path.parent.name] = results["config"]
+        rows[path.parent.name] = {
+            **results["metrics"],
+            "epochs_done": len(results["history"]),
+            "seconds": round(sum(entry["seconds"] for entry in results["history"]), 1),
+            "finished": results["finished"],
+        }
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame.from_dict(settings, orient="index")
+    differ = [name for name in table if table[name].map(str).nunique() > 1]
+    first = ["dataset", "backbone"]
+    table = table[first + [name for name in differ if name not in first]]
+    return table.join(pd.DataFrame.from_dict(rows, orient="index")).rename_axis("run")
 
 
 def summary(run_dir: str | Path) -> str:
@@ -242,65 +218,3 @@ def summary(run_dir: str | Path) -> str:
     )
     files = [str(Path(run_dir) / name) for name in sorted(p.name for p in folder.iterdir())]
     return "\n".join([table.T.round(3).to_string(), *files])
-
-
-def final_results(run: Run, features: Features) -> dict:
-    """Scores, history and provenance of a run.
-
-    Parameters
-    ----------
-    run : Run
-    features : Features
-        Those that were trained on. Their labels score alone; without them every score is None.
-
-    Returns
-    -------
-    dict
-        ``metrics`` of the reported labels (the vote); ``per_head``, ``mean_head``, ``best_head``
-        (lowest loss), ``ensemble``, ``kmeans`` (on the embeddings as they are, and centred and
-        L2-normalised), ``cluster_statistics``, ``history``, ``config``, ``provenance``.
-    """
-
-    classes = features.labels
-
-    def score(labels: np.ndarray) -> dict:
-        return dict.fromkeys(SCORES) if classes is None else evaluate(labels, classes)
-
-    config = run.config
-    per_head = [
-        {"loss": float(loss), **score(labels)}
-        for loss, labels in zip(run.head_losses, run.head_labels, strict=True)
-    ]
-    mean_head = pd.DataFrame(per_head).astype(float).mean()
-    scores = score(run.labels)
-    return {
-        "metrics": scores,
-        "per_head": per_head,
-        "mean_head": mean_head.replace(np.nan, None).to_dict(),
-        "best_head": {"head": run.best_head, **per_head[run.best_head]},
-        "ensemble": {**scores, "mean_agreement": float(run.agreement.mean())},
-        "kmeans": {
-            how: score(kmeans(features.x, config.num_clusters, how, config.seed))
-            for how in ("none", "center-l2")
-        },
-        "cluster_statistics": cluster_statistics(run.labels, config.num_clusters),
-        "history": run.history,
-        "config": run_settings(features.dataset, features.backbone, config),
-        "provenance": {
-            "features": features.manifest,
-            "seed": config.seed,
-            "device": str(run.teacher.gain.device),
-            "threads": torch.get_num_threads(),
-            "machine": platform.machine(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("temi", "torch", "numpy", "scikit-learn")},
-            "seconds": run.seconds,
-            "command": _command(features, config),
-        },
-    }
-
-
-def _command(features: Features, config: TrainConfig) -> str:
-    job = {"dataset": features.dataset, "backbone": features.backbone, "recipe": config.recipe}
-    options = " ".join(f"-p {name} {value}" for name, value in (job | config.changes()).items())
-    return f"papermill notebooks/05_train.ipynb out.ipynb {options}"

@@ -1,136 +1,39 @@
-"""The training loop: a student, a teacher that follows it, and pairs of neighbours."""
+"""The training loop, which stops and goes on at any step, and says early when it goes wrong."""
 
-import copy
-import math
+import dataclasses
+import hashlib
 import sys
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from temi.config import TrainConfig
+from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
-from temi.devices import half_precision, resolve_device
+from temi.devices import is_out_of_memory, resolve_device
 from temi.embeddings import Features, check_embeddings, mean_embedding, normalize
-from temi.ensemble import align_heads, head_labels, relabel, vote
-from temi.heads import MultiHead
-from temi.losses import temi_loss
-from temi.metrics import cluster_accuracy
 from temi.neighbors import nearest_neighbors
-from temi.runs import Run, check_run_dir, run_settings, save_run
+from temi.records import Record
+from temi.results import accuracies, run_settings
+from temi.rundirs import check_resumable, find_place
+from temi.runs import Run
+from temi.state import Training
+from temi.steps import TrainState, draw_pairs, learning_rate_at, teacher_temp_at, training_step
+from temi.trouble import (
+    DivergenceError,
+    Signals,
+    auto_batch,
+    collapsed_heads,
+    what_fits,
+)
 
-
-@dataclass
-class TrainState:
-    """Everything that a training step changes."""
-
-    student: MultiHead
-    teacher: MultiHead
-    marginal: Tensor  # (H, K)
-    optimizer: torch.optim.Optimizer
-
-    @classmethod
-    def start(cls, student: MultiHead, weight_decay: float) -> "TrainState":
-        """State before the first step: the teacher a copy of the student, uniform marginals."""
-        gain = student.gain.detach()[..., 0]  # (H, K)
-        return cls(
-            student=student,
-            teacher=copy.deepcopy(student).requires_grad_(False),
-            marginal=torch.full_like(gain, 1 / gain.shape[1]),
-            optimizer=torch.optim.AdamW(student.parameter_groups(weight_decay)),
-        )
-
-
-def training_step(
-    state: TrainState,
-    views: Tensor,
-    config: TrainConfig,
-    learning_rate: float,
-) -> Tensor:
-    """One step: marginals, loss, gradient, optimiser, teacher, in this order.
-
-    Parameters
-    ----------
-    state : TrainState
-        Changed in place.
-    views : Tensor [2B, D]
-        Rows 0 .. B-1 are the anchors, rows B .. 2B-1 their neighbours.
-    config : TrainConfig
-    learning_rate : float
-        Of this step.
-
-    Returns
-    -------
-    Tensor [H]
-        Loss of each head before the step, detached.
-    """
-    with half_precision(config.precision, views.device):
-        student_logits = state.student(views)  # (H, 2B, K)
-        with torch.no_grad():
-            teacher_logits = state.teacher(views)  # (H, 2B, K)
-    head_losses, state.marginal = temi_loss(
-        student_logits,
-        teacher_logits,
-        state.marginal,
-        beta=config.beta,
-        student_temp=config.student_temp,
-        teacher_temp=config.teacher_temp,
-        loss=config.loss,
-    )
-    state.optimizer.zero_grad()
-    head_losses.mean().backward()
-    if config.clip_grad is not None:
-        torch.nn.utils.clip_grad_norm_(state.student.parameters(), config.clip_grad)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
-    follow = get_ema_multi_avg_fn(config.teacher_momentum)
-    follow(list(state.teacher.parameters()), list(state.student.parameters()), None)
-    return head_losses.detach()
-
-
-def learning_rate_at(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then constant or half a cosine."""
-    peak = config.learning_rate * config.batch_size / 256
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if config.schedule == "constant":
-        return peak
-    progress = (step - warmup) / max(1, config.epochs * steps_per_epoch - warmup)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
-
-
-def draw_pairs(neighbors: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """One epoch's pairs: each image once as anchor, with one of its neighbours at random.
-
-    The images left over after the last whole batch are skipped; other ones in each epoch.
-
-    Parameters
-    ----------
-    neighbors : Tensor [N, k], int64
-    batch_size : int
-        B.
-    generator : torch.Generator
-        On the CPU, so that every device draws the same pairs.
-
-    Returns
-    -------
-    Tensor [steps, 2B], int64
-        In each row B anchors, then their neighbours.
-    """
-    images, k = neighbors.shape
-    steps = images // batch_size
-    anchors = torch.randperm(images, generator=generator)[: steps * batch_size]
-    choice = torch.randint(k, anchors.shape, generator=generator)
-    anchors, choice = anchors.to(neighbors.device), choice.to(neighbors.device)
-    partners = neighbors[anchors, choice]
-    return torch.cat([anchors.view(steps, -1), partners.view(steps, -1)], dim=1)
+__all__ = ["TrainState", "draw_pairs", "learning_rate_at", "train", "training_step"]
+RETRIES = 5
 
 
 def train(
@@ -139,8 +42,8 @@ def train(
     *,
     images: ImageSet | None = None,
     run_dir: str | Path | None = None,
-    overwrite: bool = False,
     progress: bool = True,
+    **options,
 ) -> Run:
     """Train an ensemble of clustering heads on embeddings.
 
@@ -152,11 +55,12 @@ def train(
     images : ImageSet, optional
         For the pictures of the clusters in the record.
     run_dir : path, optional
-        Where :func:`temi.save_run` writes the record; nothing is written when None.
-    overwrite : bool
-        Whether a run of other settings in ``run_dir`` may be replaced, once this one is done.
+        Where :class:`temi.records.Record` keeps the run; nothing is written when None.
     progress : bool
-        Show a progress bar.
+        Show a progress bar. Trouble is said in any case.
+    **options
+        ``resume``, ``overwrite``, ``on_divergence``, ``checkpoint_every``, ``keep_checkpoints``,
+        ``best_by``, ``log_every``: see :class:`temi.RunOptions`.
 
     Returns
     -------
@@ -166,108 +70,215 @@ def train(
     ------
     ValueError
         Before any work, if the embeddings are not finite rows [N, D], if clusters, neighbours or
-        batch do not fit their number, or if ``run_dir`` holds something else.
-    FloatingPointError
-        If a head's loss is no longer finite.
+        batch do not fit their number, if ``run_dir`` holds something that would be lost, or if
+        ``resume`` names no whole checkpoint of the same data and settings. More epochs are no
+        other setting, where the schedule is constant.
+    temi.trouble.DivergenceError
+        A FloatingPointError: a loss or gradient is not finite, or clusters have collapsed, and
+        ``on_divergence`` is "stop" or five retries did not help.
+    MemoryError
+        If a step does not fit into memory; says which batch would.
+    KeyboardInterrupt
+        After Ctrl-C, between two steps. As after every exception, and SIGTERM, the state after the
+        last complete step is in ``checkpoint_emergency.pth``.
     """
+    options = RunOptions(**options)
     if not isinstance(features, Features):
         features = Features.from_array(features)
     check_embeddings(features.x)
+    if options.best_by == "accuracy" and features.labels is None:
+        raise ValueError("best_by='accuracy': these embeddings have no labels; 'loss' is allowed")
     config = config.resolve(len(features), features.num_classes)
     device = resolve_device(config.device)
-    if run_dir is not None:
-        run_dir = Path(run_dir)
-        settings = run_settings(features.dataset, features.backbone, config)
-        check_run_dir(run_dir, settings, overwrite)
+    settings = run_settings(features.dataset, features.backbone, config)
+    place = find_place(run_dir, settings, options)
+    fingerprint = hashlib.sha256(np.ascontiguousarray(features.x)).hexdigest()
+    resumed = place.load()
+    if resumed:
+        check_resumable(resumed[1], settings, fingerprint)
 
     clock = time.perf_counter()
     mean = mean_embedding(features.x, config.normalize)
     x = torch.from_numpy(normalize(features.x, config.normalize, mean)).to(device)  # (N, D)
+    if config.batch_size == "auto":
+        batch = resumed[1]["config"]["batch_size"] if resumed else auto_batch(config, x)
+        config = dataclasses.replace(config, batch_size=batch)
+        settings["batch_size"] = batch
     neighbors, _ = nearest_neighbors(x, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
-    generator = torch.Generator().manual_seed(config.seed)
-    student = MultiHead(x.shape[1], config.num_clusters, config.num_heads, generator=generator)
-    state = TrainState.start(student.to(device), config.weight_decay)
-    history = []
+    identity = {"config": settings, "fingerprint": fingerprint, "mean": torch.from_numpy(mean)}
+    training = Training(x, neighbors, config, identity, options.log_every)
+    if resumed:
+        training.restore(resumed[1])
+    good = training.capture()  # the last good state
     bar = tqdm(
-        range(config.epochs), "training", unit="epoch", file=sys.stdout, disable=not progress
+        total=config.epochs, desc="training", unit="epoch", file=sys.stdout, disable=not progress
     )
-    for epoch in bar:
-        pairs = draw_pairs(neighbors, config.batch_size, generator)  # (steps, 2B)
-        history.append(train_epoch(state, x, pairs, epoch, config))
-        if features.labels is not None:
-            head_losses = history[-1]["head_losses"]
-            history[-1] |= _accuracies(state.teacher, x, head_losses, features.labels)
-    seconds["training"] = sum(entry["seconds"] for entry in history)
-
-    head_losses = np.array(history[-1]["head_losses"])
-    consensus = _consensus(state.teacher, x, head_losses)
-    run = Run(config, state.teacher, mean, head_losses, *consensus, history, seconds)
-    if run_dir is not None:
-        save_run(run, run_dir, features, images)
+    with Record(place, settings, options, resumed) as record:
+        with Signals() as signals, bar:
+            while training.epoch < config.epochs:
+                bar.update(training.epoch - bar.n)
+                try:
+                    whole = run_epoch(training, signals, record.log_step)
+                except DivergenceError as error:
+                    if options.on_divergence == "stop" or len(training.retries) == RETRIES:
+                        steps = good["step"] if error.collapse else training.step
+                        record.emergency(rewind, training, good, steps)
+                        raise
+                    tqdm.write(f"{error}; trying again", file=sys.stdout)
+                    retry(training, good, error)
+                    good = training.capture()
+                    continue
+                except BaseException as error:
+                    record.emergency(rewind, training, good, training.step)
+                    if is_out_of_memory(error):
+                        traceback.clear_frames(error.__traceback__)  # they hold its tensors
+                        raise MemoryError(what_fits(config, x)) from error
+                    raise
+                if not whole:
+                    record.emergency(training.capture)
+                    record.close()
+                    signals.act()
+                last = training.epoch == config.epochs
+                run = training.run_now(seconds, exact=last)
+                if features.labels is not None:
+                    training.history[-1] |= accuracies(run, features.labels)
+                good = training.capture()
+                record.epoch(good, run, features, training.cluster_sizes())
+            bar.update(training.epoch - bar.n)
+            if signals.received:
+                record.close()
+                signals.act()
+        run = training.run_now(seconds, exact=True)
+        record.finish(run, features, images)
     return run
 
 
-def train_epoch(
-    state: TrainState, x: Tensor, pairs: Tensor, epoch: int, config: TrainConfig
-) -> dict:
-    """All steps of one epoch.
+def run_epoch(
+    training: Training,
+    signals: Signals | None = None,
+    log: Callable | None = None,
+    until: int | None = None,
+) -> bool:
+    """Do the steps of an epoch that are not done yet.
 
     Parameters
     ----------
-    state : TrainState
+    training : Training
         Changed in place.
-    x : Tensor [N, D]
-    pairs : Tensor [steps, 2B]
-        From :func:`draw_pairs`.
-    epoch : int
-        From 0. In the first, the last layer of each head stays as it is.
-    config : TrainConfig
+    signals : Signals, optional
+        Asked before each step.
+    log : callable, optional
+        Given a step's number, losses [H], gradient norm [] and learning rate, now and then.
+    until : int, optional
+        Steps of the epoch to stop at, its end not included.
 
     Returns
     -------
-    dict
-        ``epoch`` (from 1), ``head_losses`` (means over the steps), ``learning_rate`` of the last
-        step, ``marginal_entropy`` in nats (mean over heads), ``seconds``.
+    bool
+        Whether the epoch is whole; not after a signal, nor where ``until`` was given.
+
+    Raises
+    ------
+    DivergenceError
+        If a step was not finite, noticed at once on a CPU, every ``log_every`` steps on a GPU;
+        or, after the epoch, if half of the heads have collapsed.
     """
-    clock = time.perf_counter()
-    state.student.freeze_last_layer(epoch == 0)
-    losses = torch.zeros_like(state.marginal[:, 0])  # (H); on the device, read once an epoch
-    for step, index in enumerate(pairs):
-        rate = learning_rate_at(epoch * len(pairs) + step, len(pairs), config)
-        losses += training_step(state, x[index], config, rate)
-    losses /= len(pairs)
-    if not losses.isfinite().all():
-        raise FloatingPointError(
-            f"epoch {epoch + 1}: the loss of head {int(losses.isfinite().int().argmin())} is not "
-            f"finite; learning_rate={config.learning_rate} may be too high"
-        )
-    return {
-        "epoch": epoch + 1,
-        "head_losses": losses.tolist(),
-        "learning_rate": rate,
-        "marginal_entropy": float(torch.special.entr(state.marginal).sum(dim=-1).mean()),
-        "seconds": time.perf_counter() - clock,
-    }
+    clock, config = time.perf_counter() - training.seconds, training.config
+    generator = torch.Generator()
+    generator.set_state(training.random)
+    pairs = draw_pairs(training.neighbors, config.batch_size, generator)  # (steps, 2B)
+    training.state.student.freeze_last_layer(training.epoch == 0)
+    on_cpu = training.x.device.type == "cpu"
+    finite = []  # of the steps since the last look
+    for step in range(training.step, len(pairs) if until is None else until):
+        if signals and signals.received:
+            training.seconds = time.perf_counter() - clock
+            return False
+        number = training.epoch * len(pairs) + step
+        rate = training.learning_rate(number, len(pairs))
+        temperature = teacher_temp_at(number, len(pairs), config)
+        views = training.x[pairs[step]]  # (2B, D)
+        losses = training_step(training.state, views, config, rate, temperature)
+        training.losses += losses
+        training.gradient_norm += training.state.gradient_norm
+        training.labels[:, pairs[step, : config.batch_size]] = training.state.assigned.int()
+        training.step += 1
+        finite.append(training.state.finite)
+        logged = (number + 1) % training.log_every == 0
+        if on_cpu or logged or training.step == len(pairs):
+            _look(training, finite, number, rate)
+            finite = []
+        if log and logged:
+            log(number, losses, training.state.gradient_norm, rate)
+    if until is not None:
+        return False
+    _end_epoch(training, len(pairs), time.perf_counter() - clock)
+    training.start_epoch(generator)
+    return True
 
 
-def _consensus(teacher: MultiHead, x: Tensor, head_losses: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Alignment, aligned head labels, voted labels and agreement."""
-    labels, clusters, best = head_labels(teacher, x), teacher.gain.shape[1], head_losses.argmin()
-    alignment = align_heads(labels, clusters, best)
-    aligned = relabel(labels, alignment)
-    return alignment, aligned, *vote(aligned, clusters, best)
+def _look(training: Training, finite: list[Tensor], number: int, rate: float) -> None:
+    """Raise DivergenceError if one of the last steps, ``number`` the last, was masked."""
+    masked = ~torch.stack(finite)  # (steps, H)
+    if masked.any():
+        first = int(masked.any(dim=1).int().argmax())
+        heads = masked[first].nonzero().flatten().tolist()
+        back = len(finite) - first  # steps since, that one included
+        training.step -= back
+        raise DivergenceError(training.epoch + 1, number + 1 - back, heads, rate)
 
 
-def _accuracies(
-    teacher: MultiHead, x: Tensor, head_losses: list[float], classes: np.ndarray
-) -> dict[str, float]:
-    """Accuracies after an epoch, for the history alone."""
-    _, aligned, voted, _ = _consensus(teacher, x, np.array(head_losses))
-    accuracies = [cluster_accuracy(labels, classes) for labels in aligned]
-    return {
-        "mean_head_acc": float(np.mean(accuracies)),
-        "best_head_acc": accuracies[int(np.argmin(head_losses))],
-        "ensemble_acc": cluster_accuracy(voted, classes),
-    }
+def _end_epoch(training: Training, steps: int, seconds: float) -> None:
+    """Look for collapsed heads and write the history."""
+    rate = training.learning_rate((training.epoch + 1) * steps - 1, steps)
+    collapsed = collapsed_heads(training.state.marginal, training.cluster_sizes())
+    if 2 * len(collapsed) >= len(training.losses):
+        raise DivergenceError(training.epoch + 1, None, collapsed, rate)
+    if collapsed and (not training.history or training.history[-1]["collapsed_heads"] != collapsed):
+        said = f"epoch {training.epoch + 1}: the clusters of heads {collapsed} collapsed"
+        tqdm.write(said, file=sys.stdout)
+    entropy = torch.special.entr(training.state.marginal).sum(dim=-1)  # (H)
+    training.history.append(
+        {
+            "epoch": training.epoch + 1,
+            "head_losses": (training.losses / steps).tolist(),
+            "learning_rate": rate,
+            "marginal_entropy": float(entropy.mean()),
+            "gradient_norm": float(training.gradient_norm / steps),
+            "collapsed_heads": collapsed,
+            "seconds": seconds,
+        }
+    )
+    training.epoch += 1
+
+
+def rewind(training: Training, good: dict, steps: int) -> dict:
+    """What a checkpoint holds after so many steps of the epoch, whatever was half done since.
+
+    The steps are done again from ``good``, an earlier state of the same epoch. Where that fails
+    too, ``good`` itself is returned.
+    """
+    try:
+        training.restore(good)
+        run_epoch(training, until=steps)
+        return training.capture()
+    except Exception as error:
+        back = f"the state goes back to step {good['step']} of the epoch: {error}"
+        tqdm.write(back, file=sys.stdout)
+        return good
+
+
+def retry(training: Training, good: dict, error: DivergenceError) -> None:
+    """Go back to the last good state, with a tenth of the learning rate from there on.
+
+    That state is the start where clusters collapsed, as none can tell since when it was coming,
+    and where ``good`` led to a bad step at once.
+    """
+    retries = [*training.retries, error.entry]
+    if error.collapse or training.step == good["step"]:
+        training.start()
+    else:
+        training.restore(good)
+    training.retries = retries

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from temi.config import RECIPES, TrainConfig
+from temi.config import RECIPES, RunOptions, TrainConfig
 
 
 def test_settings_come_from_the_recipe_unless_given():
@@ -33,6 +33,8 @@ def test_paper_recipe_holds_the_published_settings():
         ("num_heads", -3, "a whole number from 1"),
         ("num_heads", True, "a whole number from 1"),
         ("num_clusters", 1, "a whole number or None from 2"),
+        ("batch_size", 0, "a whole number from 1 or 'auto'"),
+        ("batch_size", "most", "a whole number from 1 or 'auto'"),
         ("epochs", 0, "a whole number from 1"),
         ("epochs", 100.0, "a whole number from 1"),
         ("learning_rate", float("inf"), "a number above 0 up to 100"),
@@ -47,6 +49,36 @@ def test_bad_values_are_named_in_one_line(name, value, allowed):
     with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
         TrainConfig(**{name: value})
     assert str(error.value) == f"{name}={value!r}: {allowed} is allowed"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("resume", 3, "text or a path or None"),
+        ("overwrite", 1, "True or False"),
+        ("on_divergence", "ignore", "one of 'stop', 'retry'"),
+        ("checkpoint_every", 0, "a whole number from 1"),
+        ("keep_checkpoints", -1, "a whole number from 0"),
+        ("best_by", "acc", "one of 'loss', 'accuracy'"),
+        ("log_every", 0.5, "a whole number from 1"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(name, value, allowed):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  # the whole message is compared
+        RunOptions(**{name: value})
+    assert str(error.value) == f"{name}={value!r}: {allowed} is allowed"
+
+
+def test_settings_that_go_together():
+    with pytest.raises(ValueError, match="overwrite=True: would remove what resume='auto'"):
+        RunOptions(resume="auto", overwrite=True)
+    for settings in (dict(teacher_temp_start=0.04), dict(temp_warmup_epochs=3)):
+        with pytest.raises(ValueError, match=r"temp_warmup_epochs=[03]: goes with teacher_temp_"):
+            TrainConfig(**settings)
+
+
+def test_a_batch_to_be_found_is_within_any_number_of_images():
+    assert TrainConfig(batch_size="auto").resolve(50, 10).batch_size == "auto"
 
 
 def test_whole_numbers_do_for_real_ones():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from temi.config import TrainConfig
-from temi.devices import half_precision, resolve_device, runs_bf16
+from temi.devices import half_precision, is_out_of_memory, resolve_device, runs_bf16
 
 CPU = torch.device("cpu")
 
@@ -29,3 +29,10 @@ def test_a_trial_that_stops_its_process_is_said(monkeypatch):
         TrainConfig(precision="bf16", device="cpu")
     assert TrainConfig(device="cpu").precision == "auto"
     runs_bf16.cache_clear()
+
+
+def test_memory_errors_are_recognised():
+    assert is_out_of_memory(MemoryError())
+    text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))

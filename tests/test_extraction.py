@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from temi import embeddings, extraction
+from temi import embeddings
 from temi.backbones import Backbone
 from temi.data import load_images
 from temi.embeddings import embed
@@ -236,7 +236,7 @@ def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_p
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_extraction as t
-from temi import embeddings, extraction
+from temi import embeddings
 extraction.SAVE_SECONDS = 0.0
 embeddings.load_backbone = lambda *_, **__: t.tiny(pause=0.3)
 images = t.load_images({str(folder)!r})
@@ -274,10 +274,3 @@ def test_unknown_values_are_named(folder, tmp_path):
     for name, value in (("dtype", "int8"), ("on_error", "go"), ("batch_size", 0)):
         with pytest.raises(ValueError, match=f"^{name}={value!r}: .* is allowed"):
             embed(images, "pixels", **{name: value})
-
-
-def test_memory_errors_are_recognised():
-    assert extraction.is_out_of_memory(MemoryError())
-    text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
-    assert extraction.is_out_of_memory(RuntimeError(text))
-    assert not extraction.is_out_of_memory(RuntimeError("shape mismatch"))

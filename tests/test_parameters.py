@@ -1,6 +1,8 @@
+from dataclasses import asdict
+
 import pytest
 
-from temi.config import TrainConfig
+from temi.config import RunOptions, TrainConfig
 from temi.parameters import JobConfig, is_default, read_parameters
 
 OWN = '# Parameters\ndataset: str = "digits"  # data set\nbeta: float = None\nnum_heads: int = None'
@@ -57,6 +59,7 @@ def test_bad_parameters_are_named_in_one_line(cell, message):
     ("settings", "message"),
     [
         (dict(force_recompute="false"), "force_recompute='false': True or False is allowed"),
+        (dict(on_divergence="no"), "on_divergence='no': one of 'stop', 'retry' is allowed"),
         (dict(overwrite=1), "overwrite=1: True or False is allowed"),
         (dict(run_dir=3), "run_dir=3: text or None is allowed"),
         (dict(backbone="resnet"), "backbone='resnet': one of 'pixels' is allowed"),
@@ -67,8 +70,15 @@ def test_bad_jobs(settings, message):
         JobConfig(**settings)
 
 
+def test_options_of_the_run():
+    job, _ = read_parameters(notebook())
+    assert job.options == asdict(RunOptions())
+    assert JobConfig(resume="auto", checkpoint_every=3).options["checkpoint_every"] == 3
+
+
 def test_default_runs_are_told_apart():
-    assert is_default(JobConfig(run_dir="mine", force_recompute=True), TrainConfig(device="cpu"))
+    kept = JobConfig(run_dir="mine", force_recompute=True, resume="auto", on_divergence="retry")
+    assert is_default(kept, TrainConfig(device="cpu"))
     assert not is_default(JobConfig(), TrainConfig(beta=0.7))
     assert not is_default(JobConfig(), TrainConfig(recipe="paper"))
     assert not is_default(JobConfig(), TrainConfig(num_clusters=10))

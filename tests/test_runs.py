@@ -5,12 +5,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from temi import checkpoints
 from temi.config import TrainConfig
 from temi.data import load_images
 from temi.embeddings import embed
 from temi.metrics import evaluate
 from temi.parameters import JobConfig
-from temi.runs import default_run_dir, plan_run, summary
+from temi.plots import compare_runs
+from temi.rundirs import default_run_dir, plan_run
+from temi.runs import list_runs, load_run, summary
 from temi.training import train
 
 QUICK = TrainConfig(num_heads=2, epochs=2, num_neighbors=5)
@@ -34,7 +37,8 @@ def finished(images, features, tmp_path_factory):
 
 def test_files(finished):
     run, run_dir = finished
-    names = {"assignments.csv", "clusters.png", "config.json", "final_results.json"}
+    names = {"assignments.csv", "checkpoints", "clusters.png", "config.json",
+             "final_results.json", "logs"}  # fmt: skip
     assert {path.name for path in run_dir.iterdir()} == names
     assert not [path for path in run_dir.parent.iterdir() if path != run_dir]
     assert json.loads((run_dir / "config.json").read_text()) == {
@@ -57,6 +61,10 @@ def test_results(finished, images):
     assert results["history"][-1]["ensemble_acc"] == pytest.approx(results["metrics"]["acc"])
     assert results["config"]["num_clusters"] == 10
     assert "-p num_heads 2" in results["provenance"]["command"]
+    assert results["finished"]
+    losses = [min(entry["head_losses"]) for entry in results["history"]]
+    best = {"chosen_by": "loss", "labels_used": False, "epoch": 2, "value": min(losses)}
+    assert results["best_checkpoint"] == best
 
 
 def test_assignments(finished, images):
@@ -90,9 +98,8 @@ def test_a_run_of_other_settings_is_never_overwritten(images, features, tmp_path
     train(features, QUICK, images=images, run_dir=run_dir, progress=False)
     before = (run_dir / "final_results.json").read_text()
     other = dataclasses.replace(QUICK, beta=0.7)
-    with pytest.raises(
-        ValueError, match=r"holds a run with beta=0\.6 \(now 0\.7\); give overwrite"
-    ):
+    ways = "overwrite=True .*, another run_dir, .*resume='auto'"
+    with pytest.raises(ValueError, match=rf"holds a run with beta=0\.6 \(now 0\.7\); give {ways}"):
         train(features, other, images=images, run_dir=run_dir, progress=False)
     assert (run_dir / "final_results.json").read_text() == before
     train(features, other, images=images, run_dir=run_dir, overwrite=True, progress=False)
@@ -107,7 +114,11 @@ def test_a_finished_run_stays_until_its_successor_is_done(finished, images, feat
         train(features, QUICK, images=images, run_dir=run_dir, progress=False)
     assert (run_dir / "final_results.json").read_text() == before
     monkeypatch.undo()
-    train(features, QUICK, images=images, run_dir=run_dir, progress=False)
+    with pytest.raises(
+        ValueError, match=r"unfinished run; give resume='auto' .*, overwrite=True .* another"
+    ):
+        train(features, QUICK, images=images, run_dir=run_dir, progress=False)
+    train(features, QUICK, images=images, run_dir=run_dir, resume="auto", progress=False)
     assert (run_dir / "final_results.json").read_text() != before  # the seconds differ
     assert [path.name for path in run_dir.parent.iterdir()] == [run_dir.name]
 
@@ -145,3 +156,32 @@ def test_summary(finished):
     text = summary(run_dir)
     for part in ("acc", "nmi", "anmi", "ari", "k-means", "final_results.json", "clusters.png"):
         assert part in text
+
+
+def test_a_run_read_back_is_the_run(finished, features):
+    run, run_dir = finished
+    for path in (run_dir, run_dir / "checkpoints" / checkpoints.LATEST):
+        again = load_run(path)
+        assert again.config == run.config
+        assert again.history == run.history
+        np.testing.assert_array_equal(again.labels, run.labels)
+        np.testing.assert_array_equal(again.agreement, run.agreement)
+        np.testing.assert_array_equal(again.predict(features), run.labels)
+        np.testing.assert_array_equal(again.predict_proba(features), run.predict_proba(features))
+    with pytest.raises(ValueError, match="there is no such run directory or checkpoint"):
+        load_run(run_dir / "gone")
+
+
+def test_list_of_runs(features, tmp_path):
+    for name, config in {"a": QUICK, "b": dataclasses.replace(QUICK, beta=0.7)}.items():
+        train(features, config, run_dir=tmp_path / name, progress=False)
+    table = list_runs(tmp_path)
+    assert table.index.tolist() == ["a", "b"]
+    settings = ["dataset", "backbone", "beta"]
+    results = ["acc", "nmi", "anmi", "ari", "epochs_done", "seconds", "finished"]
+    assert table.columns.tolist() == settings + results
+    assert table["beta"].tolist() == [0.6, 0.7]
+    assert table["acc"].between(0.3, 1).all()
+    assert list_runs(tmp_path / "a").empty
+    figure = compare_runs([load_run(tmp_path / name) for name in "ab"], ["a", "b"])
+    assert [len(axis.lines) for axis in figure.axes] == [2, 2]

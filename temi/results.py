@@ -1,0 +1,128 @@
+"""What a run's ``final_results.json`` says."""
+
+import functools
+import platform
+import shlex
+from dataclasses import asdict
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import torch
+
+from temi.baselines import kmeans
+from temi.config import TrainConfig
+from temi.embeddings import Features
+from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
+from temi.runs import Run
+
+
+def accuracies(run: Run, classes: np.ndarray) -> dict[str, float]:
+    """Accuracies after an epoch, for the history alone."""
+    of_heads = [cluster_accuracy(labels, classes) for labels in run.head_labels]
+    return {
+        "mean_head_acc": float(np.mean(of_heads)),
+        "best_head_acc": of_heads[run.best_head],
+        "ensemble_acc": cluster_accuracy(run.labels, classes),
+    }
+
+
+def best_epoch(history: list[dict], best_by: str) -> tuple[int, float]:
+    """The best epoch so far (from 1), the first of equals, and the number that made it the best."""
+    if best_by == "loss":
+        values = [min(entry["head_losses"]) for entry in history]
+        epoch = int(np.argmin(values))
+    else:
+        values = [entry["ensemble_acc"] for entry in history]
+        epoch = int(np.argmax(values))
+    return epoch + 1, values[epoch]
+
+
+def final_results(
+    run: Run, features: Features, *, best_by: str = "loss", finished: bool = True
+) -> dict:
+    """Scores, history and provenance of a run, as ``final_results.schema.json`` describes them.
+
+    Parameters
+    ----------
+    run : Run
+    features : Features
+        Those that were trained on. Their labels score alone; without them every score is None.
+    best_by : {"loss", "accuracy"}
+        How ``checkpoint_best.pth`` was chosen.
+    finished : bool
+        False while the run still trains: then every score is None, as without labels.
+
+    Returns
+    -------
+    dict
+        ``metrics`` of the reported labels (the vote); ``per_head``, ``mean_head``, ``best_head``
+        (lowest loss), ``ensemble``, ``kmeans`` (on the embeddings as they are, and centred and
+        L2-normalised), ``cluster_statistics``, ``history``, ``retries``, ``best_checkpoint``,
+        ``config``, ``provenance``, ``finished``.
+    """
+    classes = features.labels if finished else None
+
+    def score(labels: np.ndarray) -> dict:
+        return dict.fromkeys(SCORES) if classes is None else evaluate(labels, classes)
+
+    def baseline(how: str) -> dict:
+        if classes is None:
+            return dict.fromkeys(SCORES)
+        return score(kmeans(features.x, run.config.num_clusters, how, run.config.seed))
+
+    config = run.config
+    per_head = [
+        {"loss": float(loss), **score(labels)}
+        for loss, labels in zip(run.head_losses, run.head_labels, strict=True)
+    ]
+    mean_head = pd.DataFrame(per_head).astype(float).mean()
+    scores = score(run.labels)
+    epoch, value = best_epoch(run.history, best_by)
+    return {
+        "finished": finished,
+        "metrics": scores,
+        "per_head": per_head,
+        "mean_head": mean_head.replace(np.nan, None).to_dict(),
+        "best_head": {"head": run.best_head, **per_head[run.best_head]},
+        "ensemble": {**scores, "mean_agreement": float(run.agreement.mean())},
+        "kmeans": {how: baseline(how) for how in ("none", "center-l2")},
+        "cluster_statistics": cluster_statistics(run.labels, config.num_clusters),
+        "history": run.history,
+        "retries": run.retries,
+        "best_checkpoint": {
+            "chosen_by": best_by,
+            "labels_used": best_by == "accuracy",
+            "epoch": epoch,
+            "value": value,
+        },
+        "config": run_settings(features.dataset, features.backbone, config),
+        "provenance": {
+            "features": features.manifest,
+            "seed": config.seed,
+            "device": str(run.teacher.gain.device),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "versions": _versions(),
+            "seconds": run.seconds,
+            "command": _command(features, config),
+        },
+    }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    packages = ("temi", "torch", "numpy", "scikit-learn")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:
+    """What config.json records: data, backbone and every setting of the training."""
+    return {"dataset": dataset, "backbone": backbone, **asdict(config)}
+
+
+def _command(features: Features, config: TrainConfig) -> str:
+    job = {"dataset": features.dataset, "backbone": features.backbone}
+    job = features.manifest.get("job", job) | {"recipe": config.recipe} | config.changes()
+    options = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in job.items())
+    return f"papermill notebooks/05_train.ipynb out.ipynb {options}"

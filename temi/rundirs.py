@@ -1,0 +1,237 @@
+"""The run directory: what may be written where, and what is grows where.
+
+``config.json`` stands from the start; ``final_results.json``, ``assignments.csv``, the checkpoints
+and the TensorBoard logs after every epoch; ``clusters.png`` at the end. Each file appears whole or
+not at all. ``final_results.json`` says under ``finished`` whether the run is.
+
+A run grows in its directory. Where a finished run stands, its successor grows beside it, in the
+hidden directory ``.NAME.part``, and takes its place when finished. An unfinished run goes on with
+``resume="auto"``, or with the path of one of its checkpoints, and is removed by
+``overwrite=True`` alone. With the path of another run's checkpoint a new run starts where that one
+was, with links to its checkpoints and a copy of its logs; so does ``resume="auto"`` in the
+directory of a finished run, which is how that run gets more epochs.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from temi import checkpoints
+from temi.config import RunOptions, TrainConfig
+from temi.data import ImageSet
+from temi.embeddings import Features
+from temi.files import RESULTS, SETTINGS, home, path_part, readable_path
+from temi.parameters import JobConfig
+from temi.results import run_settings
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run grows, where it will stand, and what it goes on from.
+
+    Attributes
+    ----------
+    run_dir, folder : Path or None
+        Where the finished run will stand, and where it grows until then: the same, but for the
+        successor of a finished run. None: nothing is written.
+    source : Path or None
+        A checkpoint, or a folder of checkpoints, to go on from. None: a fresh start.
+    """
+
+    run_dir: Path | None
+    folder: Path | None
+    source: Path | None
+
+    def load(self) -> tuple[Path, dict] | None:
+        """Path and content of the checkpoint to go on from; None for a fresh start."""
+        if self.source is None:
+            return None
+        if self.source.is_dir():
+            return checkpoints.newest(self.source)
+        return self.source, checkpoints.load(self.source)
+
+
+def plan_run(
+    job: JobConfig, config: TrainConfig, data: ImageSet | Features
+) -> tuple[TrainConfig, Path]:
+    """Hold a job against its data and its run directory, before any work.
+
+    Parameters
+    ----------
+    job : JobConfig
+    config : TrainConfig
+    data : ImageSet or Features
+        What ``job.load()`` gave.
+
+    Returns
+    -------
+    TrainConfig
+        With the number of clusters.
+    Path
+        ``job.run_dir``, a relative one below :func:`temi.files.home`; else
+        :func:`default_run_dir`.
+
+    Raises
+    ------
+    ValueError
+        See :meth:`temi.TrainConfig.resolve` and :func:`find_place`.
+    """
+    dataset = data.name if isinstance(data, ImageSet) else data.dataset
+    backbone = job.backbone if isinstance(data, ImageSet) else data.backbone
+    size = f"-{job.image_size}px" * (job.image_size is not None)
+    run_dir = default_run_dir(dataset, backbone + size, config)
+    if job.run_dir is not None:
+        run_dir = home() / job.run_dir
+    config = config.resolve(len(data), data.num_classes)
+    find_place(run_dir, run_settings(dataset, backbone, config), job)
+    return config, run_dir
+
+
+def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:
+    """``runs/DATASET-BACKBONE``, followed by the settings that differ from the recipe.
+
+    Parameters
+    ----------
+    dataset, backbone : str
+    config : TrainConfig
+        As given, before :meth:`temi.TrainConfig.resolve`: a number of clusters counts as different.
+
+    Returns
+    -------
+    Path
+        Below :func:`temi.files.home`.
+    """
+    parts = [path_part(dataset), path_part(backbone)]
+    parts += [config.recipe] * (config.recipe != "fast")
+    parts += [path_part(f"{name}{value}".lower()) for name, value in config.changes().items()]
+    return home() / "runs" / "-".join(parts)
+
+
+def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) -> Place:
+    """Where a run may grow without destroying anything that is wanted.
+
+    Changes nothing, but for a finished successor whose way to its place was cut short.
+
+    Parameters
+    ----------
+    run_dir : path or None
+    settings : dict
+        From :func:`temi.results.run_settings`.
+    options : RunOptions
+
+    Returns
+    -------
+    Place
+
+    Raises
+    ------
+    ValueError
+        One line, if the directory holds something else than a run, a run of other settings or an
+        unfinished one and neither ``resume`` nor ``overwrite`` says what to do with it; or if
+        there is no checkpoint at ``resume``.
+    """
+    resume = None if options.resume in (None, "auto") else _find_file(options.resume)
+    if run_dir is None:
+        if options.resume == "auto":
+            raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
+        return Place(None, None, resume)
+    run_dir = Path(run_dir).absolute()
+    settle(run_dir)
+    standing = _stage(run_dir)
+    folder = part_of(run_dir) if standing == "finished" else run_dir
+    growing = _stage(folder) == "unfinished"
+    holds = f"run_dir={str(run_dir)!r}: holds"
+
+    if options.resume == "auto":
+        last = next((place for place in (folder, run_dir) if _stage(place)), None)
+        if last is None:
+            return Place(run_dir, folder, None)
+        before = json.loads((last / SETTINGS).read_text())
+        _refuse(not_resumable(before, settings), f"{holds} a run with")
+        return Place(run_dir, folder, last / checkpoints.FOLDER)
+    if options.overwrite:
+        return Place(run_dir, folder, resume)
+    if growing and (resume is None or folder not in resume.parents):
+        raise ValueError(
+            f"{holds} an unfinished run; give resume='auto' to go on with it, overwrite=True to "
+            "start anew, or another run_dir"
+        )
+    if standing == "finished" and (resume is None or run_dir not in resume.parents):
+        before = json.loads((run_dir / SETTINGS).read_text())
+        _refuse(differences(before, settings), f"{holds} a run with")
+    return Place(run_dir, folder, resume)
+
+
+def part_of(run_dir: Path) -> Path:
+    """Where the successor of a finished run grows."""
+    return run_dir.with_name(f".{run_dir.name}.part")
+
+
+def settle(run_dir: Path) -> None:
+    """Put a finished successor in its place, if there is one."""
+    part, old = part_of(run_dir), run_dir.with_name(f".{run_dir.name}.old")
+    if _stage(part) == "finished":
+        if run_dir.exists():
+            run_dir.rename(old)
+        part.rename(run_dir)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_resumable(content: dict, settings: dict, fingerprint: str) -> None:
+    """Raise a ValueError, naming the difference, unless a checkpoint fits data and settings."""
+    found = not_resumable(content["config"], settings)
+    if content["fingerprint"] != fingerprint:
+        found.append("other embeddings")
+    _refuse(found, "resume: the checkpoint is of a run with")
+    if content["epoch"] > settings["epochs"]:
+        raise ValueError(
+            f"epochs={settings['epochs']}: the checkpoint has {content['epoch']} behind it; that "
+            "many or more are allowed"
+        )
+
+
+def not_resumable(before: dict, now: dict) -> list[str]:
+    """Differences that forbid to go on; the device is none, nor is the number of epochs.
+
+    Under ``schedule="cosine"`` it is: the learning rate of each step depends on it.
+    """
+    return differences(before, now, *["epochs"] * (now["schedule"] == "constant"))
+
+
+def differences(before: dict, now: dict, *ignored: str) -> list[str]:
+    """Settings that differ, but for the device, in words; ``"auto"`` is any batch."""
+    return [
+        f"{key}={before.get(key)!r} (now {value!r})"
+        for key, value in now.items()
+        if before.get(key) != value
+        and key not in ("device", *ignored)
+        and (key, value) != ("batch_size", "auto")
+    ]
+
+
+def _refuse(found: list[str], what: str) -> None:
+    if found:
+        raise ValueError(
+            f"{what} {', '.join(found)}; give overwrite=True to start anew, another run_dir, or "
+            "its settings and resume='auto'"
+        )
+
+
+def _find_file(path: str | Path) -> Path:
+    """The checkpoint at a path given for reading."""
+    if readable_path(path).is_file():
+        return readable_path(path)
+    raise ValueError(f"resume={str(path)!r}: there is no such checkpoint; 'auto' finds the newest")
+
+
+def _stage(folder: Path) -> str | None:
+    """ "finished", "unfinished", or None where there is no run and nothing else either."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    if all(path.name.endswith(".part") for path in files):  # stopped while writing the first
+        return None
+    if not (folder / SETTINGS).exists():
+        raise ValueError(f"run_dir={str(folder)!r}: holds files but no run; give another run_dir")
+    results = folder / RESULTS
+    finished = results.exists() and json.loads(results.read_text())["finished"]
+    return "finished" if finished else "unfinished"

@@ -1,0 +1,98 @@
+"""All that a training is between two steps, which is what a checkpoint holds."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from temi.config import TrainConfig
+from temi.ensemble import head_labels
+from temi.heads import MultiHead
+from temi.runs import Run
+from temi.steps import TrainState, learning_rate_at
+
+
+class Training:
+    """A training between two steps, with all that the next one depends on.
+
+    Attributes
+    ----------
+    epoch, step : int
+        Whole epochs, and steps of the next one, that have been done.
+    random : Tensor
+        State of the random numbers at the start of the epoch.
+    labels : Tensor [H, N], int32
+        Each head's own cluster of each image when it was last an anchor.
+    losses : Tensor [H]
+        Summed over the epoch's steps so far, as is ``gradient_norm`` [].
+    seconds : float
+        Spent on these steps.
+    history : list of dict
+        One entry an epoch: ``epoch`` (from 1), ``head_losses`` and ``gradient_norm`` (means over
+        the steps, the norm before clipping), ``learning_rate`` of the last step,
+        ``marginal_entropy`` in nats (mean over heads), ``collapsed_heads``, ``seconds``.
+    retries : list of dict
+        See :attr:`temi.trouble.DivergenceError.entry`.
+    """
+
+    CHANGING = ("epoch", "step", "random", "labels", "losses", "gradient_norm", "seconds",
+                "history", "retries")  # fmt: skip
+
+    def __init__(self, x: Tensor, neighbors: Tensor, config: TrainConfig, identity: dict,
+                 log_every: int):  # fmt: skip
+        self.x, self.neighbors, self.config, self.identity = x, neighbors, config, identity
+        self.log_every = log_every
+        self.retries = []
+        self.start()
+
+    def start(self) -> None:
+        """Go to the state before the first step."""
+        config, device = self.config, self.x.device
+        generator = torch.Generator().manual_seed(config.seed)
+        shape = (self.x.shape[1], config.num_clusters, config.num_heads)
+        student = MultiHead(*shape, generator=generator).to(device)
+        self.state = TrainState.start(student, config.weight_decay)
+        self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x)).int().to(device)
+        self.history, self.epoch = [], 0
+        self.start_epoch(generator)
+
+    def start_epoch(self, generator: torch.Generator) -> None:
+        """Go on to the next epoch, whose pairs the generator's state decides."""
+        self.random, self.step, self.seconds = generator.get_state(), 0, 0.0
+        self.losses = torch.zeros_like(self.state.marginal[:, 0])
+        self.gradient_norm = torch.zeros_like(self.losses[0])
+
+    def capture(self) -> dict:
+        """A copy of everything, which later steps do not change: what a checkpoint holds."""
+        progress = {name: getattr(self, name) for name in self.CHANGING}
+        return self.identity | self.state.capture() | copy.deepcopy(progress)
+
+    def restore(self, content: dict) -> None:
+        """Go to a state that was captured, and leave the copy as it is."""
+        self.state.restore(content)
+        for name in self.CHANGING:
+            value = copy.deepcopy(content[name])
+            on_device = isinstance(value, Tensor) and name != "random"
+            setattr(self, name, value.to(self.x.device) if on_device else value)
+
+    def learning_rate(self, number: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step (from 0, over all epochs), a tenth for each retry."""
+        rate = learning_rate_at(number, steps_per_epoch, self.config)
+        return rate * 10.0 ** -len(self.retries)
+
+    def run_now(self, seconds: dict[str, float], exact: bool) -> Run:
+        """The run as it stands; ``exact`` asks the teachers anew about all images."""
+        if exact:
+            self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x))
+            self.labels = self.labels.int().to(self.x.device)
+        mean, labels = self.identity["mean"].numpy(), self.labels.cpu().numpy()
+        return Run.from_heads(
+            self.config, self.state.teacher, mean, labels, self.history, self.retries, seconds
+        )
+
+    def cluster_sizes(self) -> Tensor:
+        """Images in each cluster of each head [H, K], as :attr:`labels` has them."""
+        heads, clusters = self.state.marginal.shape
+        offset = torch.arange(heads, device=self.labels.device).unsqueeze(1) * clusters  # (H, 1)
+        counts = (self.labels + offset).flatten().bincount(minlength=heads * clusters)
+        return counts.view(heads, clusters)

@@ -1,0 +1,148 @@
+"""What can go wrong in a training, seen early and said in one line."""
+
+import math
+import signal
+import threading
+import traceback
+
+import torch
+from torch import Tensor
+
+from temi.config import RECIPES, TrainConfig
+from temi.devices import is_out_of_memory
+from temi.heads import MultiHead
+from temi.steps import TrainState, training_step
+
+
+class DivergenceError(FloatingPointError):
+    """A training that leads nowhere: a step that is not finite, or clusters that collapsed.
+
+    Parameters
+    ----------
+    epoch : int
+        From 1.
+    step : int or None
+        From 0, over all epochs; None says that the clusters collapsed.
+    heads : list of int
+    learning_rate : float
+
+    Attributes
+    ----------
+    collapse : bool
+    entry : dict
+        The parameters, with ``reason``: "not finite" or "collapse".
+    """
+
+    def __init__(self, epoch: int, step: int | None, heads: list[int], learning_rate: float):
+        self.collapse = step is None
+        self.entry = {
+            "epoch": epoch,
+            "step": step,
+            "heads": heads,
+            "learning_rate": learning_rate,
+            "reason": "collapse" if self.collapse else "not finite",
+        }
+        who = f"head{'s' * (len(heads) > 1)} {', '.join(map(str, heads))}"
+        what = (
+            f"epoch {epoch}: the clusters of {who} collapsed"
+            if self.collapse
+            else f"epoch {epoch}, step {step} (from 0): the loss or gradient of {who} is not finite"
+        )
+        super().__init__(
+            f"{what}, at learning rate {learning_rate:g}; what usually helps: a tenth of "
+            "learning_rate (on_divergence='retry' does that), more warmup_epochs, clip_grad=1.0"
+        )
+
+
+def collapsed_heads(marginal: Tensor, sizes: Tensor) -> list[int]:
+    """Heads whose clusters have collapsed.
+
+    A cluster is lost when it has less than a tenth of its equal share of the images. A head has
+    collapsed when its marginal entropy is under a tenth of log K; or when half of its clusters are
+    lost, or more, while the entropy is under nine tenths of log K. Above that the teacher has not
+    made up its mind: an untrained head calls most images after a few clusters, by a hair.
+
+    Parameters
+    ----------
+    marginal : Tensor [H, K]
+    sizes : Tensor [H, K], int64
+        Images in each cluster of each head.
+
+    Returns
+    -------
+    list of int
+    """
+    share = torch.special.entr(marginal).sum(dim=-1) / math.log(marginal.shape[1])  # (H)
+    images, clusters = sizes[0].sum(), sizes.shape[1]
+    lost = (sizes * clusters * 10 < images).sum(dim=-1)  # (H)
+    collapsed = (share < 0.1) | ((2 * lost >= clusters) & (share < 0.9))
+    return collapsed.nonzero().flatten().tolist()
+
+
+class Signals:
+    """Within this context, Ctrl-C and SIGTERM wait until they are asked for, between two steps.
+
+    A second one does not wait. Outside the main thread, where Python hands out no signals, nothing
+    changes.
+    """
+
+    def __enter__(self) -> "Signals":
+        self.received, self._before = None, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def act(self) -> None:
+        """Do what the signal does without this context; stop in any case."""
+        self.__exit__()
+        signal.raise_signal(self.received)
+        raise KeyboardInterrupt
+
+
+def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
+    """``largest`` pairs or its half, quarter …: the first with which a step fits into memory.
+
+    Tried on embeddings ``x`` [N, D] with heads that are thrown away. 0 if not even one pair fits.
+    """
+    batch = largest
+    while batch:
+        try:
+            heads = MultiHead(x.shape[1], config.num_clusters, config.num_heads).to(x.device)
+            views = x[torch.arange(2 * batch, device=x.device) % len(x)]  # (2B, D)
+            training_step(TrainState.start(heads, 0.0), views, config, 0.0)
+            break
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
+        heads = views = None
+        if x.device.type == "cuda":
+            torch.cuda.empty_cache()
+        batch //= 2
+    return batch
+
+
+def auto_batch(config: TrainConfig, x: Tensor) -> int:
+    """What ``batch_size="auto"`` means: the recipe's, at most all images, halved until it fits."""
+    batch = fitting_batch(config, x, min(len(x), RECIPES[config.recipe]["batch_size"]))
+    if not batch:
+        raise MemoryError(f"batch_size='auto': not even one pair fits into memory on {x.device}")
+    return batch
+
+
+def what_fits(config: TrainConfig, x: Tensor) -> str:
+    """What is said when a step did not fit into memory."""
+    batch = fitting_batch(config, x, config.batch_size // 2)
+    remedy = f"{batch} fits now (batch_size='auto' finds it)" if batch else "nor does any other"
+    return f"batch_size={config.batch_size}: a step does not fit in memory on {x.device}; {remedy}"

@@ -1,0 +1,208 @@
+import dataclasses
+import json
+from importlib.resources import files
+
+import jsonschema
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.datasets import make_blobs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from temi import checkpoints
+from temi.checkpoints import BEST, LATEST
+from temi.config import TrainConfig
+from temi.data import ImageSet
+from temi.embeddings import Features
+from temi.rundirs import part_of
+from temi.training import train
+
+X, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
+FEATURES = dataclasses.replace(
+    Features.from_array(X), labels=CLASSES.astype(np.int64), class_names=("a", "b", "c", "d")
+)
+IMAGES = ImageSet("blobs", np.zeros((240, 4, 4), np.uint8), FEATURES.ids)
+SMALL = TrainConfig(num_heads=3, epochs=5, batch_size=60, num_neighbors=5)
+SCHEMA = json.loads((files("temi") / "final_results.schema.json").read_text())
+
+
+def start(run_dir, config=SMALL, features=FEATURES, **options):
+    return train(features, config, run_dir=run_dir, progress=False, **options)
+
+
+def results(run_dir) -> dict:
+    """What final_results.json holds, after holding it against the schema."""
+    content = json.loads((run_dir / "final_results.json").read_text(), parse_constant=pytest.fail)
+    jsonschema.validate(content, SCHEMA)
+    return content
+
+
+def cut_short(run_dir, monkeypatch, epochs=3, **options):
+    """A run that ends, by an exception, after so many epochs."""
+    steps, step = [], temi_step()
+
+    def failing(*arguments):
+        steps.append(1)
+        if len(steps) > 4 * epochs:
+            raise RuntimeError("planted")
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("temi.training.training_step", failing)
+        with pytest.raises(RuntimeError, match="planted"):
+            start(run_dir, **options)
+
+
+def temi_step():
+    from temi.training import training_step
+
+    return training_step
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    return start(run_dir, images=IMAGES, log_every=2), run_dir
+
+
+def test_results_fit_the_schema(finished, monkeypatch, tmp_path):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert results(finished[1])["metrics"]["acc"] == 1
+    unlabelled = Features.from_array(X)
+    config = dataclasses.replace(SMALL, num_clusters=4, learning_rate=10.0)
+    start(tmp_path / "run", config, unlabelled, on_divergence="retry")
+    assert results(tmp_path / "run")["retries"]
+    cut_short(tmp_path / "cut", monkeypatch)
+    unfinished = results(tmp_path / "cut")
+    assert not unfinished["finished"]
+    assert len(unfinished["history"]) == 3
+    assert unfinished["metrics"]["acc"] is None
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(unfinished | {"history": []}, SCHEMA)
+
+
+def test_tensorboard(finished):
+    run, run_dir = finished
+    events = EventAccumulator(str(run_dir / "logs"), {"images": 0, "scalars": 0, "histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    epoch = ("marginal_entropy", "gradient_norm", "learning_rate", "ensemble_acc")
+    wanted = {"loss/head 00", "loss/head 02", "step/loss", *(f"epoch/{name}" for name in epoch)}
+    assert wanted <= set(tags["scalars"])
+    losses = [event.value for event in events.Scalars("loss/head 01")]
+    np.testing.assert_allclose(losses, [e["head_losses"][1] for e in run.history], rtol=1e-6)
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(1, 20, 2))
+    assert tags["histograms"] == ["cluster sizes"]
+    assert tags["images"] == ["clusters"]
+    assert {"final/acc", "final/loss"} <= set(tags["scalars"])  # with the settings
+
+
+def test_names_of_the_checkpoints(tmp_path):
+    run = start(tmp_path / "run", checkpoint_every=2)
+    held = {
+        path.name: checkpoints.load(path)["epoch"]
+        for path in (tmp_path / "run" / "checkpoints").iterdir()
+    }
+    best = 1 + int(np.argmin([min(entry["head_losses"]) for entry in run.history]))
+    assert held == {
+        LATEST: 5, "checkpoint_previous.pth": 4, BEST: best,
+        "checkpoint_epoch_0002.pth": 2, "checkpoint_epoch_0004.pth": 4,
+    }  # fmt: skip
+
+
+def test_best_by_accuracy_is_an_oracle(tmp_path):
+    run = start(tmp_path / "run", best_by="accuracy")
+    accuracies = [entry["ensemble_acc"] for entry in run.history]
+    best = {"chosen_by": "accuracy", "labels_used": True, "value": max(accuracies),
+            "epoch": 1 + accuracies.index(max(accuracies))}  # fmt: skip
+    assert results(tmp_path / "run")["best_checkpoint"] == best
+    saved = checkpoints.load(tmp_path / "run" / "checkpoints" / BEST)
+    assert saved["epoch"] == best["epoch"]
+    with pytest.raises(ValueError, match="best_by='accuracy': these embeddings have no labels"):
+        train(X, dataclasses.replace(SMALL, num_clusters=4), best_by="accuracy")
+
+
+@pytest.mark.parametrize("finished_before", [False, True])
+def test_an_unfinished_run_is_never_overwritten(finished_before, monkeypatch, tmp_path):
+    run_dir = tmp_path / "run"
+    if finished_before:
+        start(run_dir)
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    cut_short(run_dir, monkeypatch)
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert part_of(run_dir).exists() == finished_before
+    ways = "unfinished run; give resume='auto' .*, overwrite=True .*, or another run_dir"
+    with pytest.raises(ValueError, match=ways):
+        start(run_dir)
+    with pytest.raises(ValueError, match=r"beta=0\.6 \(now 0\.7\); give overwrite=True"):
+        start(run_dir, dataclasses.replace(SMALL, beta=0.7), resume="auto")
+    start(run_dir, overwrite=True)
+    assert results(run_dir)["finished"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(beta=0.7), r"beta=0\.6 \(now 0\.7\)"),
+        (dict(num_heads=4), r"num_heads=3 \(now 4\)"),
+        (dict(num_clusters=5), r"num_clusters=4 \(now 5\)"),
+        (dict(learning_rate=0.1, batch_size=40), r"learning_rate=0.002 .*, batch_size=60"),
+        (dict(loss="pmi"), r"loss='temi' \(now 'pmi'\)"),
+        (dict(schedule="cosine", epochs=6), r"epochs=5 \(now 6\), schedule='constant'"),
+        (dict(epochs=3), "epochs=3: the checkpoint has 5 behind it"),
+        (dict(seed=1), r"seed=0 \(now 1\)"),
+    ],
+)
+def test_other_settings_are_refused_by_name(change, message, finished, tmp_path):
+    path = finished[1] / "checkpoints" / LATEST
+    config = dataclasses.replace(SMALL, **change)
+    with pytest.raises(ValueError, match=message) as error:
+        start(tmp_path / "other", config, resume=path)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_is_refused(finished, tmp_path):
+    path = finished[1] / "checkpoints" / LATEST
+    with pytest.raises(ValueError, match="other embeddings"):
+        start(tmp_path / "other", features=dataclasses.replace(FEATURES, x=X + 1), resume=path)
+    with pytest.raises(ValueError, match=r"resume='gone\.pth': there is no such checkpoint"):
+        start(tmp_path / "other", resume="gone.pth")
+    with pytest.raises(ValueError, match="resume='auto': looks in run_dir; give it"):
+        start(None, resume="auto")
+
+
+def test_a_finished_run_goes_on_where_it_stands(finished, tmp_path):
+    run = start(tmp_path / "run")
+    again = start(tmp_path / "run", resume="auto")  # nothing is left to do
+    np.testing.assert_array_equal(again.labels, run.labels)
+    more = start(tmp_path / "run", dataclasses.replace(SMALL, epochs=7), resume="auto")
+    assert [entry["epoch"] for entry in more.history] == list(range(1, 8))
+    assert results(tmp_path / "run")["config"]["epochs"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    logs = EventAccumulator(str(tmp_path / "run" / "logs"), {"scalars": 0})
+    logs.Reload()
+    assert [event.step for event in logs.Scalars("loss/head 00")] == list(range(1, 8))
+
+
+def test_a_damaged_checkpoint_is_passed_over(monkeypatch, tmp_path):
+    cut_short(tmp_path / "run", monkeypatch)
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("checkpoint_emergency.pth", LATEST):
+        (folder / name).write_bytes((folder / name).read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"cut short; going on from checkpoint_previous\.pth"):
+        run = start(tmp_path / "run", resume="auto")
+    np.testing.assert_array_equal(run.labels, start(None).labels)
+
+
+def test_a_swap_that_was_cut_short_is_completed(tmp_path):
+    """Killed between the two renames: the successor is there, the old one is aside."""
+    start(tmp_path / "run")
+    start(tmp_path / "next", dataclasses.replace(SMALL, seed=1))
+    (tmp_path / "run").rename(tmp_path / ".run.old")
+    (tmp_path / "next").rename(part_of(tmp_path / "run"))
+    run = start(tmp_path / "run", dataclasses.replace(SMALL, seed=1), resume="auto")
+    table = pd.read_csv(tmp_path / "run" / "assignments.csv")
+    np.testing.assert_array_equal(table["cluster"], run.labels)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
