@@ -8,16 +8,19 @@ endif
 RUN := runs/digits-pixels
 NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
-.PHONY: train test book notebooks results lock lint clean
+.PHONY: train test kill-test book notebooks results lock lint clean
 .DELETE_ON_ERROR:
 
-train: .venv/ready  ## cluster the digits: scores, pictures and the executed notebook
-	$(BIN)/papermill notebooks/05_train.ipynb train.part.ipynb
+train: .venv/ready  ## cluster the digits; after an interrupt: make train ARGS="-p resume auto"
+	$(BIN)/papermill notebooks/05_train.ipynb train.part.ipynb $(ARGS)
 	mv train.part.ipynb $(RUN)/train.ipynb
 	@$(BIN)/python -c "import temi; print(temi.summary('$(RUN)'))"
 
 test: .venv/ready  ## unit tests, and every notebook against its stored outputs
 	$(BIN)/pytest --nbval
+
+kill-test: .venv/ready  ## a hundred trainings killed at random moments, and resumed
+	TEMI_KILLS=100 $(BIN)/pytest tests/test_resume.py
 
 book: .venv/ready  ## the book, warnings as errors: _build/html/index.html
 	$(BIN)/jupyter-book build . --all -W -n --keep-going

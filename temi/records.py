@@ -67,7 +67,8 @@ class Record:
 
     def _begin(self, source: Path | None, settings: dict) -> None:
         """A new folder, with what a run before this one leaves it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
         if source is None:
             return

@@ -86,8 +86,8 @@ def test_tensorboard(finished):
     events = EventAccumulator(str(run_dir / "logs"), {"images": 0, "scalars": 0, "histograms": 0})
     events.Reload()
     tags = events.Tags()
-    epoch = ("marginal_entropy", "gradient_norm", "learning_rate", "ensemble_acc")
-    wanted = {"loss/head 00", "loss/head 02", "step/loss", *(f"epoch/{name}" for name in epoch)}
+    epoch = {"marginal_entropy", "gradient_norm", "learning_rate", "ensemble_acc"}
+    wanted = {"loss/head 00", "loss/head 02", "step/loss"} | {f"epoch/{name}" for name in epoch}
     assert wanted <= set(tags["scalars"])
     losses = [event.value for event in events.Scalars("loss/head 01")]
     np.testing.assert_allclose(losses, [e["head_losses"][1] for e in run.history], rtol=1e-6)
