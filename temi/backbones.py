@@ -84,7 +84,8 @@ def _check_timm(name: str) -> None:
     model = name.removeprefix("timm:")
     known = [*timm.list_models(), *timm.list_pretrained()]
     if model not in known:
-        close = difflib.get_close_matches(model, known, n=3)
+        tagged = timm.list_pretrained(f"{model.split('.')[0]}.*")
+        close = tagged[:5] or difflib.get_close_matches(model, known, n=3)
         hint = f"close ones are {', '.join(close)}; " if close else ""
         raise ValueError(
             f"backbone={name!r}: timm {timm.__version__} has no such model; {hint}"

@@ -45,7 +45,7 @@ def test_other_names_in_the_notebook_do_not_matter():
         ("split = 'test'", "split='test': there is no such parameter here; allowed are"),
         ("beta = 0.0", r"beta=0\.0: a number above 0 up to 1 is allowed"),
         ("num_heads = 1e2", r"num_heads=100\.0: a whole number from 1 is allowed"),
-        ("dataset = 'mnist'", "dataset='mnist': one of 'digits' is allowed"),
+        ("dataset = 'mnist'", "dataset='mnist': one of 'digits', 'fashion-mnist'"),
         ("dataset = 5", "dataset=5: text is allowed"),
     ],
 )
