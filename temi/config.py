@@ -21,10 +21,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         epochs=20,
         batch_size=128,
         num_neighbors=20,
+        group_size=4,
         warmup_epochs=2,
         schedule="constant",
         weight_decay=1e-4,
         normalize="center-l2",
+        pca_dim=256,
     ),
     "paper": dict(
         num_heads=16,
@@ -37,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         epochs=100,
         batch_size=512,
         num_neighbors=50,
+        group_size=2,
         warmup_epochs=20,
         schedule="constant",
         weight_decay=1e-4,
@@ -56,9 +59,9 @@ class TrainConfig:
     """Settings of one training run.
 
     A setting that is None takes its value from ``recipe``; after construction no setting is None
-    but ``num_clusters`` (filled in by :meth:`resolve`), ``clip_grad`` (no clipping) and
-    ``teacher_temp_start`` (no warm-up of the temperature). Each annotation states the hard limits,
-    and the range that makes sense in practice.
+    but ``num_clusters`` (filled in by :meth:`resolve`), ``clip_grad`` (no clipping), ``pca_dim``
+    (no reduction) and ``teacher_temp_start`` (no warm-up of the temperature). Each annotation
+    states the hard limits, and the range that makes sense in practice.
 
     Raises
     ------
@@ -120,6 +123,9 @@ class TrainConfig:
     num_neighbors: _number(int, "nearest neighbours that pairs are drawn from", "5 to 50", ge=1) = (
         None
     )
+    group_size: _number(
+        int, "an anchor and so many neighbours less one, every two of them a pair", "2 to 8", ge=2
+    ) = None
     warmup_epochs: _number(
         int, "epochs in which the learning rate rises linearly from zero", "0 to 20", ge=0
     ) = None
@@ -136,6 +142,12 @@ class TrainConfig:
         Literal["none", "l2", "center-l2"],
         Field(description="what is done to the embeddings before the heads see them"),
     ] = None
+    pca_dim: _number(
+        int | None,
+        "principal components of the embeddings that are kept; None: all",
+        "64 to 512",
+        ge=1,
+    ) = None
     seed: Annotated[
         int, Field(description="of initial weights, order and pairs", ge=0, lt=2**63)
     ] = 0
@@ -193,6 +205,7 @@ class TrainConfig:
         for name, value, largest in (
             ("num_clusters", clusters, num_images),
             ("num_neighbors", self.num_neighbors, num_images - 1),
+            ("group_size", self.group_size, self.num_neighbors + 1),
             ("batch_size", self.batch_size, num_images),
         ):
             if value != "auto" and value > largest:
