@@ -9,9 +9,7 @@ from torch.nn import functional as F
 LARGEST = 2**25  # similarities in memory at a time: 128 MiB in fp32
 
 
-def nearest_neighbors(
-    x: Tensor, k: int, chunk_size: int | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(x: Tensor, k: int, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
     """The k most similar other rows of each row.
 
     Works through ``chunk_size`` rows at a time, so that the N x N similarities never stand in
