@@ -141,20 +141,16 @@ def draw(results: dict, file: Path) -> None:
     """Accuracy against time, on a logarithmic axis."""
     plots.use_style()
     figure, axes = plt.subplots(figsize=(7, 4))
-    lines = [("plain", results["plain"], "head_acc", plots.COLORS["best_head"], 1.0)]
-    lines += [
-        ("paper", run["trace"], "vote_acc", plots.COLORS["mean_head"], 1.0)
-        for run in results["paper"]
-    ]
-    lines += [
-        ("fast", run["trace"], "vote_acc", plots.COLORS["ensemble"], 0.7) for run in results["fast"]
-    ]
-    for name, trace, reading, color, alpha in lines:
+    colors = plots.COLORS
+    lines = [("plain", results["plain"], "head_acc", colors["best_head"])]
+    lines += [("paper", run["trace"], "vote_acc", colors["mean_head"]) for run in results["paper"]]
+    lines += [("fast", run["trace"], "vote_acc", colors["ensemble"]) for run in results["fast"]]
+    for name, trace, reading, color in lines:
         known = LABELS[name] in axes.get_legend_handles_labels()[1]
         axes.plot([point["seconds"] for point in trace], [point[reading] for point in trace],
-                  color=color, alpha=alpha, label=None if known else LABELS[name])  # fmt: skip
+                  color=color, label=None if known else LABELS[name])  # fmt: skip
     best = max(scores["acc"] for scores in results["kmeans"].values())
-    axes.axhline(best, color=plots.COLORS["kmeans"], linestyle=":", label="k-means")
+    axes.axhline(best, color=colors["kmeans"], linestyle=":", label="k-means")
     axes.set(xscale="log", xlabel="wall time / s", ylabel="ACC",
              title="The same clusters, sooner")  # fmt: skip
     axes.legend()

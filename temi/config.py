@@ -1,6 +1,7 @@
 """Every setting of a training run, its range and its reason, and the recipes."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,14 +16,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         beta=0.6,
         loss="temi",
         student_temp=0.1,
-        teacher_temp=0.07,
+        teacher_temp=0.1,
         teacher_momentum=0.9,
-        learning_rate=2e-3,
-        epochs=20,
+        learning_rate=4e-3,
         batch_size=128,
         num_neighbors=20,
         group_size=4,
-        warmup_epochs=2,
+        warmup_epochs=1,
         schedule="constant",
         weight_decay=1e-4,
         normalize="center-l2",
@@ -59,9 +59,10 @@ class TrainConfig:
     """Settings of one training run.
 
     A setting that is None takes its value from ``recipe``; after construction no setting is None
-    but ``num_clusters`` (filled in by :meth:`resolve`), ``clip_grad`` (no clipping), ``pca_dim``
-    (no reduction) and ``teacher_temp_start`` (no warm-up of the temperature). Each annotation
-    states the hard limits, and the range that makes sense in practice.
+    but ``num_clusters`` and the ``epochs`` of ``fast`` (filled in by :meth:`resolve`),
+    ``clip_grad`` (no clipping), ``pca_dim`` (no reduction) and ``teacher_temp_start`` (no warm-up
+    of the temperature). Each annotation states the hard limits, and the range that makes sense in
+    practice.
 
     Raises
     ------
@@ -116,7 +117,9 @@ class TrainConfig:
         gt=0,
         le=100,
     ) = None
-    epochs: _number(int, "passes over the images", "5 to 200", ge=1) = None
+    epochs: _number(int, "passes over the images; None: see resolve", "4 to 200", ge=1) | None = (
+        None
+    )
     batch_size: (
         _number(int, "pairs in a step; 'auto': see resolve", "64 to 1024", ge=1) | Literal["auto"]
     ) = None
@@ -187,7 +190,9 @@ class TrainConfig:
         Returns
         -------
         TrainConfig
-            With ``num_clusters`` set. ``batch_size="auto"`` stays: the recipe's batch, or all
+            With ``num_clusters`` set, and ``epochs``: where that is None, as many as visit 40,000
+            images, but 4 to 20, as the heads need some 300 steps, and few images are soon learnt
+            by heart. ``batch_size="auto"`` stays: the recipe's batch, or all
             images where they are fewer, halved until :func:`temi.train` has found that a step fits
             into the device's memory.
 
@@ -212,7 +217,8 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}={value}: at most {largest} is allowed with {num_images} images"
                 )
-        return dataclasses.replace(self, num_clusters=clusters)
+        epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
+        return dataclasses.replace(self, num_clusters=clusters, epochs=epochs)
 
     def changes(self) -> dict[str, Any]:
         """Settings, but for the device, that differ from those of the recipe alone."""
