@@ -1,6 +1,7 @@
 """Every setting of a training run, its range and its reason, and the recipes."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,16 +16,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         beta=0.6,
         loss="temi",
         student_temp=0.1,
-        teacher_temp=0.07,
+        teacher_temp=0.1,
         teacher_momentum=0.9,
-        learning_rate=2e-3,
-        epochs=20,
+        learning_rate=4e-3,
         batch_size=128,
         num_neighbors=20,
-        warmup_epochs=2,
+        group_size=4,
+        warmup_epochs=1,
         schedule="constant",
         weight_decay=1e-4,
         normalize="center-l2",
+        pca_dim=256,
     ),
     "paper": dict(
         num_heads=16,
@@ -37,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         epochs=100,
         batch_size=512,
         num_neighbors=50,
+        group_size=2,
         warmup_epochs=20,
         schedule="constant",
         weight_decay=1e-4,
@@ -56,9 +59,10 @@ class TrainConfig:
     """Settings of one training run.
 
     A setting that is None takes its value from ``recipe``; after construction no setting is None
-    but ``num_clusters`` (filled in by :meth:`resolve`), ``clip_grad`` (no clipping) and
-    ``teacher_temp_start`` (no warm-up of the temperature). Each annotation states the hard limits,
-    and the range that makes sense in practice.
+    but ``num_clusters`` and the ``epochs`` of ``fast`` (filled in by :meth:`resolve`),
+    ``clip_grad`` (no clipping), ``pca_dim`` (no reduction) and ``teacher_temp_start`` (no warm-up
+    of the temperature). Each annotation states the hard limits, and the range that makes sense in
+    practice.
 
     Raises
     ------
@@ -113,13 +117,18 @@ class TrainConfig:
         gt=0,
         le=100,
     ) = None
-    epochs: _number(int, "passes over the images", "5 to 200", ge=1) = None
+    epochs: _number(int, "passes over the images; None: see resolve", "4 to 200", ge=1) | None = (
+        None
+    )
     batch_size: (
         _number(int, "pairs in a step; 'auto': see resolve", "64 to 1024", ge=1) | Literal["auto"]
     ) = None
     num_neighbors: _number(int, "nearest neighbours that pairs are drawn from", "5 to 50", ge=1) = (
         None
     )
+    group_size: _number(
+        int, "an anchor and so many neighbours less one, every two of them a pair", "2 to 8", ge=2
+    ) = None
     warmup_epochs: _number(
         int, "epochs in which the learning rate rises linearly from zero", "0 to 20", ge=0
     ) = None
@@ -136,6 +145,12 @@ class TrainConfig:
         Literal["none", "l2", "center-l2"],
         Field(description="what is done to the embeddings before the heads see them"),
     ] = None
+    pca_dim: _number(
+        int | None,
+        "principal components of the embeddings that are kept; None: all",
+        "64 to 512",
+        ge=1,
+    ) = None
     seed: Annotated[
         int, Field(description="of initial weights, order and pairs", ge=0, lt=2**63)
     ] = 0
@@ -175,7 +190,9 @@ class TrainConfig:
         Returns
         -------
         TrainConfig
-            With ``num_clusters`` set. ``batch_size="auto"`` stays: the recipe's batch, or all
+            With ``num_clusters`` set, and ``epochs``: where that is None, as many as visit 40,000
+            images, but 4 to 20, as the heads need some 300 steps, and few images are soon learnt
+            by heart. ``batch_size="auto"`` stays: the recipe's batch, or all
             images where they are fewer, halved until :func:`temi.train` has found that a step fits
             into the device's memory.
 
@@ -193,13 +210,15 @@ class TrainConfig:
         for name, value, largest in (
             ("num_clusters", clusters, num_images),
             ("num_neighbors", self.num_neighbors, num_images - 1),
+            ("group_size", self.group_size, self.num_neighbors + 1),
             ("batch_size", self.batch_size, num_images),
         ):
             if value != "auto" and value > largest:
                 raise ValueError(
                     f"{name}={value}: at most {largest} is allowed with {num_images} images"
                 )
-        return dataclasses.replace(self, num_clusters=clusters)
+        epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
+        return dataclasses.replace(self, num_clusters=clusters, epochs=epochs)
 
     def changes(self) -> dict[str, Any]:
         """Settings, but for the device, that differ from those of the recipe alone."""

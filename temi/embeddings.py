@@ -311,7 +311,45 @@ def mean_embedding(x: np.ndarray, how: str) -> np.ndarray:
     return np.zeros(x.shape[1], dtype=np.float32)
 
 
-def normalize(x: np.ndarray, how: str, mean: np.ndarray | None = None) -> np.ndarray:
+def principal_axes(
+    x: np.ndarray, mean: np.ndarray, dim: int, chunk_size: int = 8192
+) -> np.ndarray | None:
+    """Directions [D, dim] in which embeddings differ the most, the first the most of all.
+
+    The eigenvectors of the covariance, which is summed over ``chunk_size`` rows at a time: rows on
+    disk need not fit in memory.
+
+    Parameters
+    ----------
+    x : ndarray [N, D]
+    mean : ndarray [D]
+        Subtracted first.
+    dim : int
+        None is returned where this is D or more: there is nothing to leave out.
+    chunk_size : int
+
+    Returns
+    -------
+    ndarray [D, dim], float32, or None
+        Orthonormal columns.
+    """
+    if dim >= x.shape[1]:
+        return None
+    covariance = np.zeros((x.shape[1], x.shape[1]), dtype=np.float32)
+    for start in range(0, len(x), chunk_size):
+        rows = x[start : start + chunk_size].astype(np.float32) - mean
+        covariance += rows.T @ rows
+    _, vectors = np.linalg.eigh(covariance)  # ascending
+    return np.ascontiguousarray(vectors[:, : -dim - 1 : -1])
+
+
+def normalize(
+    x: np.ndarray,
+    how: str,
+    mean: np.ndarray | None = None,
+    axes: np.ndarray | None = None,
+    chunk_size: int = 8192,
+) -> np.ndarray:
     """Prepare embeddings for clustering.
 
     Parameters
@@ -321,13 +359,25 @@ def normalize(x: np.ndarray, how: str, mean: np.ndarray | None = None) -> np.nda
         As they are; scaled to length 1; the mean subtracted, then scaled to length 1.
     mean : ndarray [D], optional
         Mean of the images trained on, for new images; that of ``x`` when None.
+    axes : ndarray [D, P], optional
+        Of the images trained on, from :func:`principal_axes`: only what lies along them is kept,
+        before the length is made 1.
+    chunk_size : int
+        Rows converted at a time, so that beside the result little memory is needed.
 
     Returns
     -------
-    ndarray [N, D], float32
+    ndarray [N, D] or [N, P], float32
     """
-    x = np.asarray(x, dtype=np.float32)
-    if how == "none":
-        return x
-    x = x - (mean_embedding(x, how) if mean is None else mean)
-    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
+    if mean is None:
+        mean = mean_embedding(x, how)
+    prepared = np.empty((len(x), x.shape[1] if axes is None else axes.shape[1]), dtype=np.float32)
+    for start in range(0, len(x), chunk_size):
+        rows = np.asarray(x[start : start + chunk_size], dtype=np.float32) - mean
+        if axes is not None:
+            rows = rows @ axes
+        if how != "none":
+            length = np.linalg.norm(rows, axis=1, keepdims=True)
+            rows = rows / length.clip(min=np.finfo(np.float32).tiny)
+        prepared[start : start + chunk_size] = rows
+    return prepared

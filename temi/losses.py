@@ -34,21 +34,20 @@ def update_marginal(marginal: Tensor, teacher_probs: Tensor, momentum: float = 0
     return updated.clamp_min(torch.finfo(marginal.dtype).tiny)
 
 
-def pair_weights(teacher_probs: Tensor) -> Tensor:
-    """Probability, under each head's teacher, that the two views of a pair share a cluster.
+def pair_weights(probs: Tensor, partner_probs: Tensor) -> Tensor:
+    """Probability, under each head's teacher, that the two images of a pair share a cluster.
 
     Parameters
     ----------
-    teacher_probs : Tensor [H, 2B, K]
-        Rows 0 .. B-1 are the anchors, rows B .. 2B-1 their neighbours.
+    probs, partner_probs : Tensor [H, B, K]
+        Teacher probabilities of the one and of the other image of each pair.
 
     Returns
     -------
     Tensor [H, B]
         Values in (0, 1]; their mean over heads is TEMI's w(x, x').
     """
-    anchors, neighbors = teacher_probs.chunk(2, dim=1)  # (H, B, K) each
-    return (anchors * neighbors).sum(dim=-1)
+    return (probs * partner_probs).sum(dim=-1)
 
 
 def temi_loss(
@@ -60,6 +59,7 @@ def temi_loss(
     student_temp: float = 0.1,
     teacher_temp: float = 0.1,
     loss: str = "temi",
+    group_size: int = 2,
 ) -> tuple[Tensor, Tensor]:
     r"""Loss of each head on a batch of pairs, and the marginals used for it.
 
@@ -69,13 +69,14 @@ def temi_loss(
               \frac{\left[p_s(c \mid x)\, p_t(c \mid x')\right]^\beta}{\tilde p_t(c)},
 
     averaged over both directions and over the batch (the paper's equations 8 to 10). The sum is
-    taken in log space, so that no temperature makes it overflow.
+    taken in log space, so that no temperature makes it overflow. In a group of more than two
+    images every two are a pair: from G forward passes come G (G - 1) terms instead of G.
 
     Parameters
     ----------
-    student_logits, teacher_logits : Tensor [H, 2B, K]
-        Rows 0 .. B-1 are the anchors, rows B .. 2B-1 their neighbours. No gradient flows to the
-        teacher.
+    student_logits, teacher_logits : Tensor [H, G * B, K]
+        Rows 0 .. B-1 are the anchors, each further B rows one neighbour of each. No gradient flows
+        to the teacher.
     marginal : Tensor [H, K]
         The teacher's marginals before this batch.
     beta : float in (0, 1]
@@ -86,6 +87,8 @@ def temi_loss(
     loss : {"temi", "wmi", "pmi"}
         ``temi`` weighs each pair by the mean of all heads' pair weights, ``wmi`` by each head's
         own, ``pmi`` by 1 and with beta = 1.
+    group_size : int
+        G, images in a group; the paper has pairs.
 
     Returns
     -------
@@ -96,18 +99,23 @@ def temi_loss(
     """
     student_logits = student_logits.to(marginal.dtype)  # products may come in half precision
     teacher_logits = teacher_logits.to(marginal.dtype)
-    log_student = (student_logits / student_temp).log_softmax(dim=-1)  # (H, 2B, K)
+    if loss == "pmi":
+        beta = 1.0
+    log_student = (student_logits / student_temp).log_softmax(dim=-1)  # (H, G * B, K)
     with torch.no_grad():
-        log_teacher = (teacher_logits / teacher_temp).log_softmax(dim=-1)  # (H, 2B, K)
+        log_teacher = (teacher_logits / teacher_temp).log_softmax(dim=-1)  # (H, G * B, K)
         teacher_probs = log_teacher.exp()
         marginal = update_marginal(marginal, teacher_probs)
-        weights = pair_weights(teacher_probs)  # (H, B)
+        log_teacher = beta * log_teacher - marginal.log().unsqueeze(1)
+    log_student = beta * log_student
+    batch_size = log_student.shape[1] // group_size
+    total = torch.zeros_like(marginal[:, 0])  # (H)
+    for shift in range(batch_size, group_size * batch_size, batch_size):  # rolls to each partner
+        weights = pair_weights(teacher_probs, teacher_probs.roll(shift, dims=1))  # (H, G * B)
         if loss == "temi":
-            weights = weights.mean(dim=0)  # (B)
+            weights = weights.mean(dim=0)  # (G * B)
         elif loss == "pmi":
-            weights, beta = torch.ones_like(weights[0]), 1.0
-        swapped = log_teacher.roll(log_teacher.shape[1] // 2, dims=1)  # each row's partner
-    log_ratio = beta * (log_student + swapped) - marginal.log().unsqueeze(1)  # (H, 2B, K)
-    pair_information = log_ratio.logsumexp(dim=-1)  # (H, 2B)
-    both = weights.repeat(*[1] * (weights.dim() - 1), 2)  # the same weight in both directions
-    return -(both * pair_information).mean(dim=-1), marginal
+            weights = torch.ones_like(weights[0])
+        log_ratio = log_student + log_teacher.roll(shift, dims=1)  # (H, G * B, K)
+        total = total - (weights * log_ratio.logsumexp(dim=-1)).mean(dim=-1)
+    return total / (group_size - 1), marginal

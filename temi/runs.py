@@ -27,6 +27,8 @@ class Run:
         What is asked for clusters.
     mean : ndarray [D]
         Subtracted from embeddings before the heads; see :func:`temi.embeddings.normalize`.
+    axes : ndarray [D, P], or None
+        Principal axes that are kept of them, where ``pca_dim`` leaves any out.
     head_losses : ndarray [H]
         Mean loss of each head over the last epoch.
     alignment : ndarray [H, K]
@@ -50,6 +52,7 @@ class Run:
     config: TrainConfig
     teacher: MultiHead
     mean: np.ndarray
+    axes: np.ndarray | None
     head_losses: np.ndarray
     alignment: np.ndarray
     head_labels: np.ndarray
@@ -65,6 +68,7 @@ class Run:
         config: TrainConfig,
         teacher: MultiHead,
         mean: np.ndarray,
+        axes: np.ndarray | None,
         own_labels: np.ndarray,
         history: list[dict],
         retries: list[dict],
@@ -83,6 +87,7 @@ class Run:
             config,
             teacher,
             mean,
+            axes,
             head_losses,
             alignment,
             aligned,
@@ -128,7 +133,8 @@ class Run:
         return torch.cat(chunks).numpy()
 
     def _inputs(self, features: Features | np.ndarray) -> Tensor:
-        return torch.from_numpy(normalize(as_array(features), self.config.normalize, self.mean))
+        x = normalize(as_array(features), self.config.normalize, self.mean, self.axes)
+        return torch.from_numpy(x)
 
 
 def load_run(path: str | Path) -> Run:
@@ -166,9 +172,10 @@ def load_run(path: str | Path) -> Run:
     _, bottleneck_dim, _ = content["teacher"]["weight2"].shape
     teacher = MultiHead(in_dim, config.num_clusters, heads, hidden_dim, bottleneck_dim)
     teacher.load_state_dict(content["teacher"])
+    axes = None if content["axes"] is None else content["axes"].numpy()
     labels = content["labels"].numpy()
     return Run.from_heads(
-        config, teacher.requires_grad_(False), content["mean"].numpy(), labels,
+        config, teacher.requires_grad_(False), content["mean"].numpy(), axes, labels,
         content["history"], content["retries"], {},
     )  # fmt: skip
 

@@ -85,9 +85,16 @@ class Training:
         if exact:
             self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x))
             self.labels = self.labels.int().to(self.x.device)
-        mean, labels = self.identity["mean"].numpy(), self.labels.cpu().numpy()
+        mean, axes = self.identity["mean"].numpy(), self.identity["axes"]
         return Run.from_heads(
-            self.config, self.state.teacher, mean, labels, self.history, self.retries, seconds
+            self.config,
+            self.state.teacher,
+            mean,
+            None if axes is None else axes.numpy(),
+            self.labels.cpu().numpy(),
+            self.history,
+            self.retries,
+            seconds,
         )
 
     def cluster_sizes(self) -> Tensor:

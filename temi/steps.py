@@ -80,8 +80,9 @@ def training_step(
     ----------
     state : TrainState
         Changed in place.
-    views : Tensor [2B, D]
-        Rows 0 .. B-1 are the anchors, rows B .. 2B-1 their neighbours.
+    views : Tensor [G * B, D]
+        Rows 0 .. B-1 are the anchors, each further B rows one neighbour of each; G is
+        ``config.group_size``.
     config : TrainConfig
     learning_rate : float
         Of this step.
@@ -94,9 +95,9 @@ def training_step(
         Loss of each head before the step, detached.
     """
     with half_precision(config.precision, views.device):
-        student_logits = state.student(views)  # (H, 2B, K)
+        student_logits = state.student(views)  # (H, G * B, K)
         with torch.no_grad():
-            teacher_logits = state.teacher(views)  # (H, 2B, K)
+            teacher_logits = state.teacher(views)  # (H, G * B, K)
     head_losses, marginal = temi_loss(
         student_logits,
         teacher_logits,
@@ -105,6 +106,7 @@ def training_step(
         student_temp=config.student_temp,
         teacher_temp=config.teacher_temp if teacher_temp is None else teacher_temp,
         loss=config.loss,
+        group_size=config.group_size,
     )
     state.optimizer.zero_grad()
     head_losses.mean().backward()
@@ -126,7 +128,7 @@ def training_step(
     state.follower.step()
     state.marginal = torch.where(good, marginal, state.marginal)
     state.finite, state.gradient_norm = finite, norm
-    state.assigned = teacher_logits[:, : len(views) // 2].argmax(dim=-1)
+    state.assigned = teacher_logits[:, : len(views) // config.group_size].argmax(dim=-1)
     return head_losses
 
 
@@ -150,8 +152,10 @@ def teacher_temp_at(step: int, steps_per_epoch: int, config: TrainConfig) -> flo
     return config.teacher_temp_start + progress * (config.teacher_temp - config.teacher_temp_start)
 
 
-def draw_pairs(neighbors: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-    """One epoch's pairs: each image once as anchor, with one of its neighbours at random.
+def draw_pairs(
+    neighbors: Tensor, batch_size: int, generator: torch.Generator, group_size: int = 2
+) -> Tensor:
+    """One epoch's groups: each image once as anchor, with other ones of its neighbours at random.
 
     The images left over after the last whole batch are skipped; other ones in each epoch.
 
@@ -161,17 +165,20 @@ def draw_pairs(neighbors: Tensor, batch_size: int, generator: torch.Generator) -
     batch_size : int
         B.
     generator : torch.Generator
-        On the CPU, so that every device draws the same pairs.
+        On the CPU, so that every device draws the same groups.
+    group_size : int
+        G, images in a group: 2 for pairs.
 
     Returns
     -------
-    Tensor [steps, 2B], int64
-        In each row B anchors, then their neighbours.
+    Tensor [steps, G * B], int64
+        In each row B anchors, then the first neighbour of each, then the second, ...
     """
     images, k = neighbors.shape
     steps = images // batch_size
     anchors = torch.randperm(images, generator=generator)[: steps * batch_size]
-    choice = torch.randint(k, anchors.shape, generator=generator)
+    order = torch.rand(len(anchors), k, generator=generator)
+    choice = order.topk(group_size - 1).indices  # (steps * B, G - 1), all different
     anchors, choice = anchors.to(neighbors.device), choice.to(neighbors.device)
-    partners = neighbors[anchors, choice]
-    return torch.cat([anchors.view(steps, -1), partners.view(steps, -1)], dim=1)
+    groups = torch.cat([anchors.unsqueeze(1), neighbors[anchors].gather(1, choice)], dim=1)
+    return groups.view(steps, batch_size, group_size).transpose(1, 2).flatten(1)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.devices import is_out_of_memory, resolve_device
-from temi.embeddings import Features, check_embeddings, mean_embedding, normalize
+from temi.embeddings import Features, check_embeddings, mean_embedding, normalize, principal_axes
 from temi.neighbors import nearest_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
@@ -99,7 +99,13 @@ def train(
 
     clock = time.perf_counter()
     mean = mean_embedding(features.x, config.normalize)
-    x = torch.from_numpy(normalize(features.x, config.normalize, mean)).to(device)  # (N, D)
+    if resumed:
+        axes = resumed[1]["axes"]  # another machine's may point the other way
+    else:
+        axes = principal_axes(features.x, mean, config.pca_dim or features.x.shape[1])
+        axes = None if axes is None else torch.from_numpy(axes)
+    x = normalize(features.x, config.normalize, mean, None if axes is None else axes.numpy())
+    x = torch.from_numpy(x).to(device)  # (N, D), or (N, P) with P principal components
     if config.batch_size == "auto":
         batch = resumed[1]["config"]["batch_size"] if resumed else auto_batch(config, x)
         config = dataclasses.replace(config, batch_size=batch)
@@ -107,7 +113,8 @@ def train(
     neighbors, _ = nearest_neighbors(x, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
-    identity = {"config": settings, "fingerprint": fingerprint, "mean": torch.from_numpy(mean)}
+    identity = {"config": settings, "fingerprint": fingerprint}
+    identity |= {"mean": torch.from_numpy(mean), "axes": axes}
     training = Training(x, neighbors, config, identity, options.log_every)
     if resumed:
         training.restore(resumed[1])
@@ -188,7 +195,9 @@ def run_epoch(
     clock, config = time.perf_counter() - training.seconds, training.config
     generator = torch.Generator()
     generator.set_state(training.random)
-    pairs = draw_pairs(training.neighbors, config.batch_size, generator)  # (steps, 2B)
+    pairs = draw_pairs(
+        training.neighbors, config.batch_size, generator, config.group_size
+    )  # (steps, G * B)
     training.state.student.freeze_last_layer(training.epoch == 0)
     on_cpu = training.x.device.type == "cpu"
     finite = []  # of the steps since the last look
@@ -199,7 +208,7 @@ def run_epoch(
         number = training.epoch * len(pairs) + step
         rate = training.learning_rate(number, len(pairs))
         temperature = teacher_temp_at(number, len(pairs), config)
-        views = training.x[pairs[step]]  # (2B, D)
+        views = training.x[pairs[step]]  # (G * B, D)
         losses = training_step(training.state, views, config, rate, temperature)
         training.losses += losses
         training.gradient_norm += training.state.gradient_norm

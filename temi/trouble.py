@@ -119,7 +119,8 @@ def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
     while batch:
         try:
             heads = MultiHead(x.shape[1], config.num_clusters, config.num_heads).to(x.device)
-            views = x[torch.arange(2 * batch, device=x.device) % len(x)]  # (2B, D)
+            rows = torch.arange(config.group_size * batch, device=x.device)
+            views = x[rows % len(x)]  # (G * B, D)
             training_step(TrainState.start(heads, 0.0), views, config, 0.0)
             break
         except Exception as error:

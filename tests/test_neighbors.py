@@ -6,11 +6,12 @@ from sklearn.neighbors import NearestNeighbors
 from temi.neighbors import nearest_neighbors
 
 
-@pytest.mark.parametrize("chunk_size", [7, 64, 1000])
-def test_agrees_with_scikit_learn(chunk_size):
-    x = np.random.default_rng(0).normal(size=(200, 5))
-    indices, similarities = nearest_neighbors(torch.from_numpy(x), 6, chunk_size)
-    distances, expected = NearestNeighbors(n_neighbors=6, metric="cosine").fit(x).kneighbors()
+@pytest.mark.parametrize("chunk_size", [7, 64, 1000, None])
+@pytest.mark.parametrize(("rows", "k"), [(200, 6), (997, 3), (11, 10), (500, 1), (60, 40)])
+def test_agrees_with_scikit_learn(rows, k, chunk_size):
+    x = np.random.default_rng(0).normal(size=(rows, 5))
+    indices, similarities = nearest_neighbors(torch.from_numpy(x), k, chunk_size)
+    distances, expected = NearestNeighbors(n_neighbors=k, metric="cosine").fit(x).kneighbors()
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_allclose(similarities, 1 - distances, atol=1e-12)
 

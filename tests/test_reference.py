@@ -15,7 +15,7 @@ import torch
 from temi.config import TrainConfig
 from temi.heads import MultiHead
 from temi.losses import temi_loss
-from temi.training import TrainState, training_step
+from temi.steps import TrainState, training_step
 
 BESIDE = Path(__file__).parents[2] / "shared" / "reference" / "temi_reference.npz"
 FILE = Path(os.environ.get("TEMI_REFERENCE", BESIDE))
