@@ -104,7 +104,7 @@ def final_results(
             "machine": platform.machine(),
             "versions": _versions(),
             "seconds": run.seconds,
-            "command": _command(features, config),
+            "command": _command(run, features),
         },
     }
 
@@ -120,7 +120,8 @@ def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:
     return {"dataset": dataset, "backbone": backbone, **asdict(config)}
 
 
-def _command(features: Features, config: TrainConfig) -> str:
-    job = {"dataset": features.dataset, "backbone": features.backbone, "recipe": config.recipe}
-    options = " ".join(f"-p {name} {value}" for name, value in (job | config.changes()).items())
+def _command(run: Run, features: Features) -> str:
+    job = {"dataset": features.dataset, "backbone": features.backbone, "recipe": run.config.recipe}
+    job |= run.config.changes() | ({"on_divergence": "retry"} if run.retries else {})
+    options = " ".join(f"-p {name} {value}" for name, value in job.items())
     return f"papermill notebooks/05_train.ipynb out.ipynb {options}"
