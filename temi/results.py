@@ -105,7 +105,7 @@ def final_results(
             "machine": platform.machine(),
             "versions": _versions(),
             "seconds": run.seconds,
-            "command": _command(features, config),
+            "command": _command(run, features),
         },
     }
 
@@ -121,8 +121,9 @@ def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:
     return {"dataset": dataset, "backbone": backbone, **asdict(config)}
 
 
-def _command(features: Features, config: TrainConfig) -> str:
+def _command(run: Run, features: Features) -> str:
     job = {"dataset": features.dataset, "backbone": features.backbone}
-    job = features.manifest.get("job", job) | {"recipe": config.recipe} | config.changes()
+    job = features.manifest.get("job", job) | {"recipe": run.config.recipe} | run.config.changes()
+    job |= {"on_divergence": "retry"} if run.retries else {}
     options = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in job.items())
     return f"papermill notebooks/05_train.ipynb out.ipynb {options}"

@@ -118,7 +118,7 @@ def train(
     training = Training(x, neighbors, config, identity, options.log_every)
     if resumed:
         training.restore(resumed[1])
-    good = training.capture()  # the last good state
+    good, run = training.capture(), None  # the last good state; the run as it stands
     bar = tqdm(
         total=config.epochs, desc="training", unit="epoch", file=sys.stdout, disable=not progress
     )
@@ -157,7 +157,8 @@ def train(
             if signals.received:
                 record.close()
                 signals.act()
-        run = training.run_now(seconds, exact=True)
+        if run is None:  # nothing was left to train
+            run = training.run_now(seconds, exact=True)
         record.finish(run, features, images)
     return run
 

@@ -15,6 +15,7 @@ from temi.config import TrainConfig
 from temi.data import ImageSet
 from temi.embeddings import Features
 from temi.rundirs import part_of
+from temi.runs import load_run
 from temi.training import train
 
 X, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
@@ -71,12 +72,15 @@ def test_results_fit_the_schema(finished, monkeypatch, tmp_path):
     unlabelled = Features.from_array(X)
     config = dataclasses.replace(SMALL, num_clusters=4, learning_rate=10.0)
     start(tmp_path / "run", config, unlabelled, on_divergence="retry")
-    assert results(tmp_path / "run")["retries"]
+    retried = results(tmp_path / "run")
+    assert retried["retries"]
+    assert retried["provenance"]["command"].endswith("-p on_divergence retry")
     cut_short(tmp_path / "cut", monkeypatch)
     unfinished = results(tmp_path / "cut")
     assert not unfinished["finished"]
     assert len(unfinished["history"]) == 3
     assert unfinished["metrics"]["acc"] is None
+    assert len(load_run(tmp_path / "cut").predict(X)) == 240
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(unfinished | {"history": []}, SCHEMA)
 

@@ -20,6 +20,9 @@ import torch
 from temi import checkpoints
 from temi.checkpoints import BEST, EMERGENCY, LATEST
 
+if not hasattr(os, "fork"):
+    pytest.skip("this system cannot fork", allow_module_level=True)
+
 SERVER = Path(__file__).with_name("training_server.py")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SERVER.parents[1])}
 KILLS = int(os.environ.get("TEMI_KILLS", "20"))
