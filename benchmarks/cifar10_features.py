@@ -30,7 +30,7 @@ def main() -> None:
     images = temi.load_images(parser.parse_args().folder, labels="folders")
     plots.use_style()
     by_class = [np.flatnonzero(images.labels == c)[:16] for c in range(images.num_classes)]
-    save(plots.image_rows(images.images, by_class, images.class_names), "cifar10_classes.png")
+    save(plots.image_rows(images.images, by_class, images.class_names), "cifar10_classes.jpg")
     purity, nearest = {}, {}
     for backbone, size in SPACES.items():
         features = temi.embed(images, backbone, image_size=size)
@@ -44,14 +44,14 @@ def main() -> None:
         for backbone, neighbors in nearest.items():
             rows.append([index, *neighbors[index, :12]])
             titles.append(backbone.removeprefix("efficientnet_"))
-    save(plots.image_rows(images.images, rows, titles), "cifar10_neighbors.png")
+    save(plots.image_rows(images.images, rows, titles), "cifar10_neighbors.jpg")
     table = pd.DataFrame(purity, index=pd.Index(KS, name="k"))
     table.to_csv(RESULTS / "cifar10_purity.csv")
     print(table)
 
 
 def save(figure, name: str) -> None:
-    figure.savefig(RESULTS / "figures" / name)
+    figure.savefig(RESULTS / "figures" / name, pil_kwargs={"quality": 88})
 
 
 if __name__ == "__main__":
