@@ -20,7 +20,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         teacher_momentum=0.9,
         learning_rate=4e-3,
         batch_size=128,
-        num_neighbors=20,
         group_size=4,
         warmup_epochs=1,
         schedule="constant",
@@ -59,10 +58,10 @@ class TrainConfig:
     """Settings of one training run.
 
     A setting that is None takes its value from ``recipe``; after construction no setting is None
-    but ``num_clusters`` and the ``epochs`` of ``fast`` (filled in by :meth:`resolve`),
-    ``clip_grad`` (no clipping), ``pca_dim`` (no reduction) and ``teacher_temp_start`` (no warm-up
-    of the temperature). Each annotation states the hard limits, and the range that makes sense in
-    practice.
+    but ``clip_grad`` (no clipping), ``pca_dim`` (no reduction), ``teacher_temp_start`` (no warm-up
+    of the temperature), and what depends on the data and is filled in by :meth:`resolve`:
+    ``num_clusters`` and, of ``fast``, ``epochs`` and ``num_neighbors``. Each annotation states the
+    hard limits, and the range that makes sense in practice.
 
     Raises
     ------
@@ -117,17 +116,18 @@ class TrainConfig:
         gt=0,
         le=100,
     ) = None
-    epochs: _number(int, "passes over the images; None: see resolve", "4 to 200", ge=1) | None = (
-        None
-    )
+    epochs: _number(int, "passes over the images; None: see resolve", "4 to 200", ge=1) = None
     batch_size: (
-        _number(int, "pairs in a step; 'auto': see resolve", "64 to 1024", ge=1) | Literal["auto"]
+        _number(int, "anchors in a step; 'auto': see resolve", "64 to 1024", ge=1) | Literal["auto"]
     ) = None
-    num_neighbors: _number(int, "nearest neighbours that pairs are drawn from", "5 to 50", ge=1) = (
-        None
-    )
+    num_neighbors: _number(
+        int, "nearest neighbours that groups are drawn from; None: see resolve", "5 to 50", ge=1
+    ) = None
     group_size: _number(
-        int, "an anchor and so many neighbours less one, every two of them a pair", "2 to 8", ge=2
+        int,
+        "an anchor and neighbours, so many images in all, every two of them a pair",
+        "2 to 8",
+        ge=2,
     ) = None
     warmup_epochs: _number(
         int, "epochs in which the learning rate rises linearly from zero", "0 to 20", ge=0
@@ -167,7 +167,8 @@ class TrainConfig:
         for name, value in RECIPES[self.recipe].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        check_types(self)
+        later = {name for name in ("epochs", "num_neighbors") if getattr(self, name) is None}
+        check_types(self, *{field.name for field in dataclasses.fields(self)} - later)
         if (self.teacher_temp_start is None) != (self.temp_warmup_epochs == 0):
             raise ValueError(
                 f"temp_warmup_epochs={self.temp_warmup_epochs!r}: goes with teacher_temp_start="
@@ -190,11 +191,12 @@ class TrainConfig:
         Returns
         -------
         TrainConfig
-            With ``num_clusters`` set, and ``epochs``: where that is None, as many as visit 40,000
-            images, but 4 to 20, as the heads need some 300 steps, and few images are soon learnt
-            by heart. ``batch_size="auto"`` stays: the recipe's batch, or all
-            images where they are fewer, halved until :func:`temi.train` has found that a step fits
-            into the device's memory.
+            With the settings that depend on the data: ``num_clusters``; ``num_neighbors``, where
+            that is None the root of a cluster's images, sqrt(N / K), as neighbours should be of one
+            cluster; ``group_size``, lowered to what these neighbours allow; ``epochs``, where that
+            is None as many as visit 40,000 images, but 4 to 20: the heads need some 300 steps.
+            ``batch_size="auto"`` stays: the recipe's batch, or all images where they are fewer,
+            halved until :func:`temi.train` has found that a step fits into the device's memory.
 
         Raises
         ------
@@ -207,18 +209,27 @@ class TrainConfig:
             raise ValueError(
                 "num_clusters=None: these images have no known classes; give a whole number from 2"
             )
+        epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
+        neighbors = self.num_neighbors
+        if neighbors is None:
+            neighbors = max(self.group_size - 1, round(math.sqrt(num_images / clusters)))
+            neighbors = min(neighbors, num_images - 1)
         for name, value, largest in (
             ("num_clusters", clusters, num_images),
-            ("num_neighbors", self.num_neighbors, num_images - 1),
-            ("group_size", self.group_size, self.num_neighbors + 1),
+            ("num_neighbors", neighbors, num_images - 1),
             ("batch_size", self.batch_size, num_images),
         ):
             if value != "auto" and value > largest:
                 raise ValueError(
                     f"{name}={value}: at most {largest} is allowed with {num_images} images"
                 )
-        epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
-        return dataclasses.replace(self, num_clusters=clusters, epochs=epochs)
+        return dataclasses.replace(
+            self,
+            num_clusters=clusters,
+            num_neighbors=neighbors,
+            group_size=min(self.group_size, neighbors + 1),
+            epochs=epochs,
+        )
 
     def changes(self) -> dict[str, Any]:
         """Settings, but for the device, that differ from those of the recipe alone."""

@@ -1,5 +1,6 @@
 """Groups of more than two images, and principal components: what ``fast`` adds to the paper."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -47,9 +48,15 @@ def test_groups_hold_an_anchor_and_different_neighbours_of_it():
     assert set((partners % 1000).flatten().tolist()) == {1, 2, 3, 4, 5}
 
 
-def test_a_group_needs_as_many_neighbours():
-    with pytest.raises(ValueError, match="group_size=5: at most 4"):
-        TrainConfig(num_clusters=2, group_size=5, num_neighbors=3).resolve(1000)
+def test_settings_that_depend_on_the_data():
+    config = TrainConfig(num_clusters=10, device="cpu")
+    assert (config.epochs, config.num_neighbors) == (None, None)
+    for images, epochs, neighbors in ((1797, 20, 13), (5000, 8, 22), (50_000, 4, 71), (20, 20, 3)):
+        resolved = dataclasses.replace(config, batch_size=10).resolve(images)
+        assert (resolved.epochs, resolved.num_neighbors) == (epochs, neighbors)
+        assert resolved.group_size == 4
+    few = TrainConfig(num_clusters=2, num_neighbors=2, epochs=7, device="cpu").resolve(1000)
+    assert (few.num_neighbors, few.group_size, few.epochs) == (2, 3, 7)
 
 
 def test_principal_axes_agree_with_scikit_learn():
