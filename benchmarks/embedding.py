@@ -33,7 +33,7 @@ from temi.files import write_json
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks" / "embedding.json"
 BACKBONE = "efficientnet_lite0"
-SIZES = {96: 2048, 112: 2048, 224: 512}  # pixels -> images timed
+SIZES = {96: 1024, 112: 1024, 224: 256}  # pixels -> images timed
 BATCH = 64
 ROUNDS = 3
 
@@ -91,12 +91,12 @@ def speeds(folder: str) -> list[dict]:
 
 
 def peak_memory(folder: str, count: int, queue) -> None:
-    pipeline_seconds(images_of(folder, count), temi.load_backbone(BACKBONE, image_size=32))
+    pipeline_seconds(images_of(folder, count), temi.load_backbone("pixels"), num_workers=2)
     queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def peaks(folder: str) -> dict[str, float]:
-    """Peak resident memory in MB of a fresh process that embeds so many images at 32 px."""
+    """Peak resident memory in MB of a fresh process that embeds so many images as pixels."""
     context = multiprocessing.get_context("spawn")
     found = {}
     for count in (10_000, 60_000):

@@ -130,7 +130,8 @@ def embed(
     precision : {"auto", "fp32", "bf16"}
         See :class:`temi.TrainConfig`. With ``"auto"`` a cache made in either is used.
     on_error : {"skip", "stop"}
-        An image that cannot be read is left out, said and listed; or it is an error.
+        An image that cannot be read, or whose embedding is all zeros, is left out, said and
+        listed; or it is an error.
     force_recompute : bool
         Compute even where the cache matches.
     progress : bool
@@ -145,7 +146,7 @@ def embed(
     ------
     ValueError
         If a name, a size or the weights do not fit, an image cannot be read (with
-        ``on_error="stop"``), none can, or an embedding is not finite or all zero.
+        ``on_error="stop"``), none can, or an embedding is not finite.
     """
     config = ExtractionConfig(dtype, batch_size, num_workers, device, precision, on_error, progress)
     names = spaces(backbone)

@@ -29,6 +29,7 @@ from temi.devices import (
 from temi.files import whole_file, write_json
 
 PROGRESS = "progress.json"
+BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
 PART = "embeddings.part.npy"
 
@@ -110,18 +111,23 @@ def extract(
     pending, saved, shape = [], time.monotonic(), None
     try:
         for start, pixels, rows, unreadable in batches:
-            if unreadable and config.on_error == "stop":
-                row, reason = next(iter(unreadable.items()))
-                raise unreadable_error(images.ids[row], reason)
+            done = len(rows) + len(unreadable)
             if rows:
                 shape = shape or pixels.shape[1:]
                 stack([pixels[0].numpy()], [images.ids[rows[0]]], shape)  # the same in all batches
                 x = _forward(model, pixels, log["forward_sizes"], start, precision, device)
+                x = _as_dtype(x, config.dtype, images.ids, rows)
+                blank = ~x.any(axis=1)  # no direction, so no neighbours
+                unreadable |= {rows[i]: BLANK for i in np.flatnonzero(blank)}
+                rows, x = [row for row in rows if row not in unreadable], x[~blank]
                 log["dim"] = x.shape[1]
-                pending.append((rows, _as_dtype(x, config.dtype, images.ids, rows)))
+                pending.append((rows, x))
+            if unreadable and config.on_error == "stop":
+                row, reason = next(iter(unreadable.items()))
+                raise unreadable_error(images.ids[row], reason)
             log["unreadable"] |= {str(row): reason for row, reason in unreadable.items()}
             log["rows"] = min(start + log["batch_size"], len(images))
-            bar.update(len(rows) + len(unreadable))
+            bar.update(done)
             if time.monotonic() - saved > SAVE_SECONDS:
                 _save(part, log_file, log, pending, len(images))
                 pending, saved = [], time.monotonic()
@@ -193,16 +199,14 @@ def unreadable_error(name: str, reason: str) -> ValueError:
 
 
 def _as_dtype(x: np.ndarray, dtype: str, ids: Sequence[str], rows: list[int]) -> np.ndarray:
-    """``x`` in the precision that is stored, every row of it finite and not all zero."""
+    """``x`` in the precision that is stored, every row of it finite."""
     with np.errstate(over="ignore"):  # said below, with the image
         converted = x.astype(dtype)
     remedy = "give dtype='float32'" if np.isfinite(x).all() else "give precision='fp32'"
-    for wrong, what in (
-        (~np.isfinite(converted).all(axis=1), f"is not finite in {dtype}; {remedy}"),
-        (~converted.any(axis=1), "is all zeros, which has no direction; remove the image"),
-    ):
-        if wrong.any():
-            raise ValueError(f"image {ids[rows[int(wrong.argmax())]]!r}: its embedding {what}")
+    wrong = ~np.isfinite(converted).all(axis=1)
+    if wrong.any():
+        name = ids[rows[int(wrong.argmax())]]
+        raise ValueError(f"image {name!r}: its embedding is not finite in {dtype}; {remedy}")
     return converted
 
 

@@ -153,9 +153,15 @@ def test_values_beyond_half_precision_are_named(folder, tmp_path, use):
     backbone.model.weight.data *= 1e6
     with pytest.raises(ValueError, match=r"image '000\.png'.*float16; give dtype='float32'"):
         embed(load_images(str(folder)), "tiny", **options(tmp_path))
-    backbone.model.weight.data *= 0
-    with pytest.raises(ValueError, match=r"image '000\.png'.*all zeros"):
-        embed(load_images(str(folder)), "tiny", **options(tmp_path / "zeros"))
+
+
+def test_images_without_a_direction_are_left_out(folder, tmp_path, use):
+    Image.new("RGB", (10, 12), "black").save(folder / "030.png")
+    use(tiny())
+    with pytest.warns(UserWarning, match=r"1 of 60 images .* the first, 030\.png: .*all zeros"):
+        features = embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    assert len(features) == 59
+    assert "030.png" not in features.ids
 
 
 def test_what_changed_is_named_and_nothing_stale_is_used(folder, tmp_path, use):
@@ -236,7 +242,7 @@ def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_p
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_extraction as t
-from temi import embeddings
+from temi import embeddings, extraction
 extraction.SAVE_SECONDS = 0.0
 embeddings.load_backbone = lambda *_, **__: t.tiny(pause=0.3)
 images = t.load_images({str(folder)!r})
