@@ -28,6 +28,7 @@ book: .venv/ready  ## the book, warnings as errors: _build/html/index.html
 notebooks: .venv/ready  ## run all notebooks again and store their outputs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams $(NOTEBOOKS)
 
 results: .venv/ready  ## compute the tables and figures in results/ again
 	$(BIN)/python benchmarks/digits_scores.py

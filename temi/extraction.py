@@ -31,6 +31,7 @@ from temi.files import whole_file, write_json
 PROGRESS = "progress.json"
 BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
+SAVE_BYTES = 2**25  # what waits in memory to be written at most
 PART = "embeddings.part.npy"
 
 
@@ -106,7 +107,7 @@ def extract(
     model = backbone.model.to(device, memory_format=torch.channels_last)
     bar = tqdm(
         total=len(images), initial=log["rows"], desc=f"embedding with {backbone.name}",
-        unit="image", file=sys.stdout, disable=not config.progress,
+        unit="image", file=sys.stdout, disable=not config.progress, delay=2,
     )  # fmt: skip
     pending, saved, shape = [], time.monotonic(), None
     try:
@@ -128,7 +129,8 @@ def extract(
             log["unreadable"] |= {str(row): reason for row, reason in unreadable.items()}
             log["rows"] = min(start + log["batch_size"], len(images))
             bar.update(done)
-            if time.monotonic() - saved > SAVE_SECONDS:
+            waiting = sum(x.nbytes for _, x in pending)
+            if time.monotonic() - saved > SAVE_SECONDS or waiting > SAVE_BYTES:
                 _save(part, log_file, log, pending, len(images))
                 pending, saved = [], time.monotonic()
     finally:
