@@ -51,15 +51,11 @@ def dinov2(name: str, side: int, weights: str | None) -> nn.Module:
         check_tensors(name, weights, tensors, {key: v.shape for key, v in expected.items()})
         tensors = _in_timms_names(tensors) if released else tensors
         network.load_state_dict(tensors, assign=True)
-    prefix = (
-        0 if registers else 1
-    )  # the class token's own position; timm adds it in advance in _reg
+    # The class token has a position of its own, which timm has already added to it in the _reg form
+    prefix = 0 if registers else 1
+    constants = REGISTER_POSITIONS if registers else PLAIN_POSITIONS
     positions = network.pos_embed.detach()
-    resized = resize_positions(
-        positions[:, prefix:],
-        side // PATCH,
-        *(REGISTER_POSITIONS if registers else PLAIN_POSITIONS),
-    )
+    resized = resize_positions(positions[:, prefix:], side // PATCH, *constants)
     network.set_input_size(img_size=side)
     network.pos_embed = nn.Parameter(torch.cat([positions[:, :prefix], resized], dim=1))
     return network

@@ -134,7 +134,9 @@ def timms_own(model: str, tensors: dict, picture: np.ndarray, **size) -> torch.T
         return network(image[None])
 
 
-@pytest.mark.parametrize("model", ["test_vit", "test_convnext", "test_efficientnet", "test_vit4"])
+@pytest.mark.parametrize(
+    "model", ["test_vit", "test_convnext", "test_efficientnet", "deit_tiny_patch16_224"]
+)
 @pytest.mark.parametrize("image_size", [None, 96])
 def test_timm_models_give_timms_own_features(model, image_size, tmp_path):
     import timm
