@@ -129,7 +129,7 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
         if options.resume == "auto":
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
-    run_dir = Path(run_dir).absolute()
+    run_dir = Path(run_dir).resolve()
     settle(run_dir)
     standing = _stage(run_dir)
     folder = part_of(run_dir) if standing == "finished" else run_dir
@@ -213,7 +213,7 @@ def _refuse(found: list[str], what: str) -> None:
 
 def _find_file(path: str | Path) -> Path:
     """A file given for reading: from the current folder, else below :func:`temi.files.home`."""
-    for found in (Path(path).absolute(), home() / path):
+    for found in (Path(path).resolve(), (home() / path).resolve()):
         if found.is_file():
             return found
     raise ValueError(f"resume={str(path)!r}: there is no such checkpoint; 'auto' finds the newest")
