@@ -136,7 +136,7 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
         if options.resume == "auto":
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
-    run_dir = Path(run_dir).absolute()
+    run_dir = Path(run_dir).resolve()
     settle(run_dir)
     standing = _stage(run_dir)
     folder = part_of(run_dir) if standing == "finished" else run_dir
@@ -221,7 +221,7 @@ def _refuse(found: list[str], what: str) -> None:
 def _find_file(path: str | Path) -> Path:
     """The checkpoint at a path given for reading."""
     if readable_path(path).is_file():
-        return readable_path(path)
+        return readable_path(path).resolve()
     raise ValueError(f"resume={str(path)!r}: there is no such checkpoint; 'auto' finds the newest")
 
 
