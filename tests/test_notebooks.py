@@ -99,7 +99,7 @@ def test_papermill_runs_from_root_and_from_the_folder(folder, tmp_path, monkeypa
     ("name", "value", "message"),
     [
         ("bta", 0.7, "bta=0.7: there is no such parameter here (did you mean 'beta'?)"),
-        ("resume", "gone.pth", "resume='gone.pth': there is no such parameter here"),
+        ("resume", "gone.pth", "resume='gone.pth': there is no such checkpoint"),
         ("force_recompute", "false", "force_recompute='false': True or False is allowed"),
         ("epochs", 1e2, "epochs=100.0: a whole number from 1 is allowed"),
         ("batch_size", 4000, "batch_size=4000: at most 1797 is allowed with 1797 images"),
