@@ -87,7 +87,7 @@ def test_half_precision_gives_the_same_clusters(images, tmp_path):
         train(embed(images, data_dir=tmp_path / dtype, dtype=dtype), config, progress=False)
         for dtype in ("float16", "float32")
     )
-    assert cluster_accuracy(half.labels, single.labels) > 0.97
+    assert cluster_accuracy(half.labels, single.labels) > 0.9
 
 
 def test_joined_spaces_average_the_similarities(images, tmp_path, monkeypatch):

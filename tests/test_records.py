@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_never_overwritten(finished_before, monkeypatch, tm
         (dict(beta=0.7), r"beta=0\.6 \(now 0\.7\)"),
         (dict(num_heads=4), r"num_heads=3 \(now 4\)"),
         (dict(num_clusters=5), r"num_clusters=4 \(now 5\)"),
-        (dict(learning_rate=0.1, batch_size=40), r"learning_rate=0.002 .*, batch_size=60"),
+        (dict(learning_rate=0.1, batch_size=40), r"learning_rate=0.004 .*, batch_size=60"),
         (dict(loss="pmi"), r"loss='temi' \(now 'pmi'\)"),
         (dict(schedule="cosine", epochs=6), r"epochs=5 \(now 6\), schedule='constant'"),
         (dict(epochs=3), "epochs=3: the checkpoint has 5 behind it"),

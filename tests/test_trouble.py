@@ -21,7 +21,8 @@ from temi.training import train
 from temi.trouble import DivergenceError, Signals, auto_batch, collapsed_heads
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
-SMALL = TrainConfig(num_clusters=4, num_heads=3, epochs=4, batch_size=40, num_neighbors=5)
+PAIRS = dict(group_size=2, num_neighbors=5, batch_size=40, learning_rate=2e-3, warmup_epochs=2)
+SMALL = TrainConfig(num_clusters=4, num_heads=3, epochs=4, teacher_temp=0.07, **PAIRS)
 LONG = dataclasses.replace(SMALL, epochs=20)  # 6 steps an epoch
 LAST = SMALL.epochs * 6
 
@@ -188,7 +189,8 @@ def test_five_retries_and_no_more(monkeypatch):
 
 
 def test_a_learning_rate_of_ten_is_caught_and_retried():
-    wild = dataclasses.replace(SMALL, learning_rate=10.0, epochs=8)
+    sizes = dict(num_clusters=4, num_heads=3, epochs=8, batch_size=40, num_neighbors=5)
+    wild = TrainConfig(learning_rate=10.0, **sizes)
     with pytest.raises(DivergenceError, match=r"epoch [1-4]: the clusters of heads .* collapsed"):
         train(BLOBS, wild, progress=False)
     run = train(BLOBS, wild, on_divergence="retry", progress=False)
