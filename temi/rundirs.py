@@ -220,8 +220,9 @@ def _refuse(found: list[str], what: str) -> None:
 
 def _find_file(path: str | Path) -> Path:
     """The checkpoint at a path given for reading."""
-    if readable_path(path).is_file():
-        return readable_path(path).resolve()
+    found = readable_path(path).resolve()
+    if found.is_file():
+        return found
     raise ValueError(f"resume={str(path)!r}: there is no such checkpoint; 'auto' finds the newest")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from temi import checkpoints, ensemble
 from temi.config import TrainConfig
 from temi.embeddings import Features, as_array, normalize
-from temi.files import RESULTS, home
+from temi.files import RESULTS, home, readable_path
 from temi.heads import MultiHead
 
 
@@ -156,8 +156,8 @@ def load_run(path: str | Path) -> Run:
     ValueError
         If there is no such run, or no checkpoint of it is whole.
     """
-    found = next((p for p in (Path(path), home() / path) if p.exists()), None)
-    if found is None:
+    found = readable_path(path)
+    if not found.exists():
         raise ValueError(f"path={str(path)!r}: there is no such run directory or checkpoint")
     content = checkpoints.load(found) if found.is_file() else None
     if found.is_dir():
@@ -195,9 +195,8 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
         ``acc``, ``nmi``, ``anmi``, ``ari``, ``epochs_done``, ``seconds`` of training,
         ``finished``. Empty where there is no run.
     """
-    place = Path(folder) if Path(folder).is_dir() else home() / folder
     rows, settings = {}, {}
-    for path in sorted(place.glob(f"*/{RESULTS}")):
+    for path in sorted(readable_path(folder).glob(f"*/{RESULTS}")):
         results = json.loads(path.read_text())
         settings[path.parent.name] = results["config"]
         rows[path.parent.name] = {
