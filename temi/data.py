@@ -2,10 +2,12 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,9 @@ SPLITS: dict[str, tuple[str, ...]] = {  # the first is taken where none is asked
 }
 """Data sets and their splits. Clusters are learned on ``train``, as in the TEMI paper."""
 
+_BROKEN = (  # what a failed download and a broken file raise
+    OSError, RuntimeError, ValueError, AssertionError, EOFError, tarfile.TarError, HTTPException,
+)  # fmt: skip
 _FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian: dataset-fashion-mnist
 
 
@@ -69,13 +74,14 @@ class ImageSet:
         Of files the names, sizes and times of change stand for the content, so that a million of
         them need not be read.
         """
-        digest = hashlib.sha256("\n".join(self.ids).encode())
+        digest = hashlib.sha256(json.dumps(self.ids).encode())
         if isinstance(self.images, ImageFiles):
             for state in self.images.states():
                 digest.update(repr(state).encode())
         else:
             digest.update(repr((self.images.shape, self.images.dtype.str)).encode())
-            digest.update(np.ascontiguousarray(self.images))
+            for start in range(0, len(self.images), 1024):  # STL-10 is copied to hash it
+                digest.update(np.ascontiguousarray(self.images[start : start + 1024]))
         return digest.hexdigest()
 
     def keep(self, ids: Sequence[str]) -> "ImageSet":
@@ -103,7 +109,7 @@ class ImageSet:
 
 def check_dataset(name: str) -> None:
     """Raise a ValueError that lists the data sets if ``name`` is none, nor a folder or file."""
-    if name in SPLITS or readable_path(name).is_dir():
+    if name in SPLITS or (name and readable_path(name).is_dir()):
         return
     if not (name.endswith((".npy", ".npz")) and readable_path(name).is_file()):
         raise ValueError(
@@ -141,7 +147,8 @@ def load_images(
         up in the current folder and then below :func:`temi.files.home`.
     split : str, optional
         ``"train"``, ``"test"`` or ``"both"`` where the data set has them, ``"val"`` for ImageNet,
-        ``"unlabeled"`` for STL-10; None: train. Of a folder, a sub-folder of that name.
+        ``"unlabeled"`` for STL-10; None: train. Of a folder, a sub-folder of that name, or
+        ``"both"`` of ``train`` and ``test``; None: all that is in it.
     labels : {"folders"}, optional
         Of a folder: its sub-folders are classes, to score with. None: nothing is known.
     data_dir : path
@@ -174,7 +181,9 @@ def load_images(
     if name == "imagenet":
         root = home() / data_dir / "imagenet" / split
         if not root.is_dir():
-            raise ValueError(f"dataset='imagenet': put it at {root}/WNID/NAME.JPEG")
+            raise ValueError(
+                f"dataset='imagenet': put it, or a link to it, at {root}/WNID/NAME.JPEG"
+            )
         return dataclasses.replace(_folder(name, root, None, "folders"), name=full_name)
     parts = ("train", "test") if split == "both" else (split,)
     loaded = [_from_torchvision(name, part, home() / data_dir) for part in parts]
@@ -205,22 +214,38 @@ def _digits() -> ImageSet:
 def _folder(name: str, root: Path, split: str | None, labels: str | None) -> ImageSet:
     if labels not in (None, "folders"):
         raise ValueError(f"labels={labels!r}: 'folders' or None is allowed")
+    parts = {None: ("",), "both": ("train", "test")}.get(split, (split,))
+    for part in parts:
+        outside = part in ("", ".", "..") or part != Path(part).name
+        if split is not None and (outside or not (root / part).is_dir()):
+            raise ValueError(f"split={split!r}: {name!r} has no sub-folder of the name {part!r}")
     if split not in (None, "both"):
         root = root / split
-        if not root.is_dir():
-            raise ValueError(f"split={split!r}: {name!r} has no sub-folder of that name")
-    files = tuple(list_images(root))
+    try:
+        files = list_images(root)
+    except OSError as error:
+        raise ValueError(f"dataset={name!r}: {error.filename}: {error.strerror}") from error
+    depth = 0  # of the folders that are classes
+    if split == "both":
+        files = [file for file in files if file.split("/")[0] in parts]
+        depth = 1
     if not files:
         raise ValueError(f"dataset={name!r}: there is no image in this folder or below it")
-    images = ImageFiles(str(root), files)
+    images = ImageFiles(str(root), tuple(files))
     ids = tuple(map(readable_name, files))
+    full_name = f"{root}-both" if split == "both" else str(root)
     if labels is None:
-        return ImageSet(str(root), images, ids)
-    loose = next((name for name in ids if "/" not in name), None)
+        return ImageSet(full_name, images, ids)
+    loose = next((name for name in ids if name.count("/") <= depth), None)
     if loose is not None:
         raise ValueError(f"labels='folders': image {loose!r} lies in no sub-folder")
-    class_names, classes = np.unique([name.split("/")[0] for name in ids], return_inverse=True)
-    return ImageSet(str(root), images, ids, classes.astype(np.int64), tuple(class_names.tolist()))
+    class_names, classes = np.unique([name.split("/")[depth] for name in ids], return_inverse=True)
+    if split is None and {"train", "test"} <= set(class_names.tolist()):
+        raise ValueError(
+            f"labels='folders': 'train' and 'test' in {name!r} are no classes; "
+            "give split='train', 'test' or 'both', whose sub-folders are"
+        )
+    return ImageSet(full_name, images, ids, classes.astype(np.int64), tuple(class_names.tolist()))
 
 
 def _from_torchvision(name: str, split: str, folder: Path) -> tuple[np.ndarray, np.ndarray, list]:
@@ -240,14 +265,14 @@ def _from_torchvision(name: str, split: str, folder: Path) -> tuple[np.ndarray, 
     choice = {"split": split} if name == "stl10" else {"train": split == "train"}
     try:
         data = kind(folder, download=True, **choice)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
-        address = kind.mirrors[0] if name == "fashion-mnist" else kind.url
-        target = folder / "FashionMNIST" / "raw" if name == "fashion-mnist" else folder
+    except _BROKEN as error:
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"dataset={name!r}: it could not be downloaded ({reason}); "
-            f"fetch {address} by hand into {target}, or try again"
-        ) from error
+        if name == "fashion-mnist":  # no checksum finds a broken file there, so it has to go
+            raw = folder / "FashionMNIST" / "raw"
+            advice = f"remove {raw} and try again, or fetch {kind.mirrors[0]} by hand into it"
+        else:
+            advice = f"fetch {kind.url} by hand into {folder}, or try again"
+        raise ValueError(f"dataset={name!r}: it could not be had ({reason}); {advice}") from error
     if name == "stl10":
         return data.data.transpose(0, 2, 3, 1), data.labels.astype(np.int64), data.classes
     if name == "cifar20":

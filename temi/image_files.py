@@ -1,6 +1,7 @@
 """A folder of image files, listed at once and decoded one by one."""
 
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -64,33 +65,55 @@ def list_images(root: Path) -> list[str]:
     """Paths of all image files below a folder, sorted, with forward slashes.
 
     An image file is whatever has a known suffix, in any case, and is no folder. Hidden files and
-    folders are passed over, and so is what macOS adds to archives. Links to files are followed,
-    links to folders are not: they may lead in circles.
+    folders are passed over, and so is what macOS adds to archives. Links are followed; a folder
+    that several paths lead to is read once, by the path without links where there is one.
+
+    Raises
+    ------
+    OSError
+        If a folder cannot be listed.
     """
-    found, folders = [], [""]
-    while folders:
-        prefix = folders.pop()
+    found, seen = [], set()
+    folders, links = [""], []
+    while folders or links:
+        prefix = folders.pop() if folders else links.pop()
+        folder = os.stat(os.path.join(root, prefix))
+        if (folder.st_dev, folder.st_ino) in seen:
+            continue
+        seen.add((folder.st_dev, folder.st_ino))
         with os.scandir(os.path.join(root, prefix)) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
                 name = prefix + entry.name
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_symlink() and os.path.isdir(entry.path):  # False where links go round
+                    links.append(f"{name}/")
+                elif entry.is_dir(follow_symlinks=False):
                     folders.append(f"{name}/")
-                elif name.lower().endswith(SUFFIXES) and not os.path.isdir(entry.path):
+                elif name.lower().endswith(SUFFIXES):
                     found.append(name)
     return sorted(found)
 
 
 def readable_name(name: str) -> str:
-    """A file name that any table can hold: bytes that are no UTF-8 become ``\\xNN``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name that any table and message can hold, different for different names.
+
+    Bytes that are no UTF-8 become ``\\xNN``, control characters and line breaks ``\\uNNNN``, and a
+    backslash two.
+    """
+    escaped = re.sub(
+        r"[\x00-\x1f\x7f-\x9f\u2028\u2029]",
+        lambda character: f"\\u{ord(character[0]):04x}",
+        name.replace("\\", "\\\\"),
+    )
+    return os.fsencode(escaped).decode("utf-8", "backslashreplace")
 
 
 def decode(path: str) -> np.ndarray:
     """The picture in an image file, upright.
 
-    Of an animation the first frame; 16 bits are scaled to 8; what is transparent lies on white;
+    Of an animation the first frame; 16 bits are scaled to 8 (32 are refused: what is white among
+    them no file says); what is transparent lies on white;
     CMYK and palettes become RGB; the camera's rotation (EXIF) is applied.
 
     Parameters
@@ -118,7 +141,7 @@ def decode(path: str) -> np.ndarray:
             warnings.simplefilter("ignore")  # odd metadata, and large photographs
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
-                return np.array(_eight_bit(ImageOps.exif_transpose(image)))
+                return np.array(_eight_bit(_upright(image)))
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:
@@ -133,22 +156,33 @@ def decode(path: str) -> np.ndarray:
         raise UnreadableImageError(f"broken: {type(error).__name__}: {error}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as the camera held it; as stored where what says so is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the picture itself is whole; Pillow's errors here have no common class
+        return image
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
     """The image in mode L or RGB."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     if image.mode == "1":
         return image.convert("L")
-    if image.mode.startswith("I"):  # whole numbers of 16 bits, some stored in 32
-        values = np.asarray(image).astype(np.float64).clip(0, 65535)
-        return Image.fromarray(np.round(values / 257).astype(np.uint8))
-    if image.mode == "F":  # any range: black is the least value, white the largest
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        values = (values - values.min()) / max(np.ptp(values), np.finfo(np.float64).tiny)
-        return Image.fromarray(np.round(255 * values).astype(np.uint8))
+    if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
+        raise UnreadableImageError("32-bit values, of no known range: convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         grey = image.mode in ("L", "LA", "La")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
     return image.convert("RGB")
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether the values fit into 16 bits, which some files of 16 bits store in 32."""
+    least, largest = image.getextrema()
+    return least >= 0 and largest < 2**16

@@ -43,10 +43,23 @@ class JobConfig(RunOptions):
         super().__post_init__()
         check_dataset(self.dataset)
         check_backbone(self.backbone)
+        if self.holds_embeddings:
+            for name in self.source.keys() - {"dataset"}:
+                value, default = getattr(self, name), getattr(JobConfig, name)
+                if value != default:
+                    raise ValueError(
+                        f"{name}={value!r}: {default!r} is allowed, since dataset={self.dataset!r} "
+                        "holds embeddings that are there already"
+                    )
+
+    @property
+    def holds_embeddings(self) -> bool:
+        """Whether the data set is a file of embeddings, so that there are no images."""
+        return self.dataset.endswith((".npy", ".npz"))
 
     def load(self) -> ImageSet | Features:
         """The images; or the embeddings, where the data set is a file of those."""
-        if self.dataset.endswith((".npy", ".npz")):
+        if self.holds_embeddings:
             return load_features(self.dataset)
         return load_images(
             self.dataset, split=self.split, labels=self.labels, data_dir=self.data_dir

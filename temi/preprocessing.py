@@ -28,6 +28,19 @@ class Prepare:
         return np.array(picture)
 
 
+def shorten(image: Image.Image) -> Image.Image:
+    """Cut the ends off an image longer than 20 : 1, which a later crop to the middle would drop.
+
+    Scaled by its shorter side, one of 1 x 20,000 pixels would fill a gigabyte first.
+    """
+    width, height = image.size
+    keep = 20 * min(image.size)
+    if max(image.size) <= keep:
+        return image
+    left, top = max(0, (width - keep) // 2), max(0, (height - keep) // 2)
+    return image.crop((left, top, min(width, left + keep), min(height, top + keep)))
+
+
 class Normalised(nn.Module):
     """A network behind its normalisation: uint8 [B, S, S, 3] -> [B, D].
 
@@ -71,6 +84,8 @@ def prepare(config: dict) -> Prepare:
 
     # use_prefetcher leaves only the conversion to a tensor after the crop; images stay arrays here
     *steps, _ = create_transform(**config, use_prefetcher=True).transforms
+    if config["crop_mode"] == "center":
+        steps.insert(0, shorten)
     return Prepare(tuple(steps), rgb=True)
 
 
@@ -95,7 +110,8 @@ def prepare_pixels(side: int | None) -> Prepare:
         return Prepare((), rgb=False)
     from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-    return Prepare((Resize(side, InterpolationMode.BICUBIC), CenterCrop(side)), rgb=True)
+    steps = (shorten, Resize(side, InterpolationMode.BICUBIC), CenterCrop(side))
+    return Prepare(steps, rgb=True)
 
 
 def pixels_in_words(side: int | None) -> str:

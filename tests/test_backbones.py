@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from plain_dinov2 import random_images
 from safetensors.torch import save_file
 from torchvision import transforms
 
+from temi import preprocessing
 from temi import weights as pretrained
 from temi.backbones import check_backbone, load_backbone, spaces, stack
+from temi.preprocessing import prepare_pixels, shorten
 
 
 def pictures() -> list[np.ndarray]:
@@ -170,6 +173,24 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path):
     for wrong in (0, -14, 224.0, "224", True):
         with pytest.raises(ValueError, match=r"image_size=.*: a whole number from 1 or None"):
             load_backbone("pixels", image_size=wrong)
+
+
+def test_long_strips_need_little_memory():
+    strip = np.arange(20_000, dtype=np.uint32).astype(np.uint8)[None]  # 1 x 20,000
+    tracemalloc.start()
+    for prepare in (
+        prepare_pixels(64),
+        preprocessing.prepare(preprocessing.config(224, "bicubic", 224 / 256)),
+    ):
+        seen, turned = prepare(strip), prepare(strip.T)
+        np.testing.assert_array_equal(seen.transpose(1, 0, 2), turned)
+        middle = prepare(strip[:, 9_980:10_020])
+        np.testing.assert_allclose(seen.astype(int), middle, atol=1)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+    for shape in ((40, 800), (33, 47)):
+        image = Image.fromarray(np.zeros(shape, dtype=np.uint8))
+        assert shorten(image) is image
 
 
 def test_pixels_are_the_values():

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import pickle
+from http.client import IncompleteRead
 from urllib.error import URLError
 
 import numpy as np
@@ -148,6 +149,28 @@ def test_stl10_files(tmp_path, monkeypatch):
     assert unlabeled.num_classes is None
 
 
+def test_a_broken_file_without_checksum_has_to_be_removed(tmp_path, monkeypatch):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind, magic in (("images-idx3", 3), ("labels-idx1", 1)):
+            header = bytes([0, 0, 8, magic]) + bytes([0, 0, 0, 5]) * magic
+            (raw / f"{part}-{kind}-ubyte").write_bytes(header + bytes(7))
+    with pytest.raises(ValueError, match="dataset='fashion-mnist': it could not be had") as error:
+        load_images("fashion-mnist", data_dir=tmp_path)
+    assert f"remove {raw} and try again" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_connection_that_breaks_is_one_line(tmp_path, monkeypatch):
+    def breaks(*_, **__):
+        raise IncompleteRead(b"half")
+
+    monkeypatch.setattr("urllib.request.urlopen", breaks)
+    with pytest.raises(ValueError, match=r"IncompleteRead.*; fetch https://www"):
+        load_images("cifar100", data_dir=tmp_path)
+
+
 @pytest.mark.skipif(not data._FASHION_MNIST.is_dir(), reason="dataset-fashion-mnist: not installed")
 def test_fashion_mnist_from_its_real_files(tmp_path):
     images = load_images("fashion-mnist", split="both", data_dir=tmp_path)
@@ -158,7 +181,9 @@ def test_fashion_mnist_from_its_real_files(tmp_path):
 
 
 def test_imagenet_lies_where_it_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"dataset='imagenet': put it at .*imagenet/train/WNID"):
+    with pytest.raises(
+        ValueError, match=r"put it, or a link to it, at .*imagenet/train/WNID"
+    ):
         load_images("imagenet", data_dir=tmp_path)
     for wnid in ("n01440764", "n01443537"):
         (tmp_path / "imagenet" / "val" / wnid).mkdir(parents=True)

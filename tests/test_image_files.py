@@ -83,13 +83,16 @@ CONVERTED = {  # name -> content, expected shape, expected upper left pixel
     "lab.tiff": (saved(Image.new("LAB", (6, 4), (255, 128, 128)), "TIFF"), (4, 6, 3), (255,) * 3),
     "sixteen.png": (png(6, 4, 16, 0, SIXTEEN), (4, 6), GREY),
     "sixteen.tif": (saved(Image.new("I;16", (6, 4), 65535), "TIFF"), (4, 6), 255),
-    "float.tif": (saved(FLOATS, "TIFF"), (4, 6), 0),
+    "damaged_exif.png": (saved(red(), "PNG", exif=b"Exif\0\0no TIFF"), (4, 6, 3), RED),
+    "damaged_exif.webp": (saved(red(), "WEBP", lossless=True, exif=b"no TIFF"), (4, 6, 3), RED),
+    "sixteen_in_32.tif": (saved(Image.new("I", (6, 4), 32896), "TIFF"), (4, 6), GREY),
     "animated.gif": (animation(), (4, 6, 3), RED),
     "turned.png": (upside(), (6, 4, 3), RED),
     "one_pixel.bmp": (saved(red(size=(1, 1)), "BMP"), (1, 1, 3), RED),
     "jpeg_called.png": (saved(red(), "JPEG", quality=95), (4, 6, 3), RED),
     "new\nline, and 'quotes\".png": (saved(red(), "PNG"), (4, 6, 3), RED),
     os.fsdecode(b"latin-\xe9.png"): (saved(red(), "PNG"), (4, 6, 3), RED),
+    r"latin-\xe9.png": (saved(red(), "PNG"), (4, 6, 3), RED),
     "\u65e5\u672c.png": (saved(red(), "PNG"), (4, 6, 3), RED),
 }
 REPORTED = {  # name -> content, words of the reason
@@ -101,6 +104,8 @@ REPORTED = {  # name -> content, words of the reason
     "header_only.png": (png(6, 4, 8, 0, b"")[:33], "not an image in a known format"),
     "bad_content.png": (png(6, 4, 8, 0, bytes(28)).replace(b"IDATx", b"IDATy"), "broken"),
     "bomb.png": (png(20_000, 20_000, 1, 0, bytes(2501 * 20)), "too large: more than 178 million"),
+    "float.tif": (saved(FLOATS, "TIFF"), "32-bit values"),
+    "whole_32.tif": (saved(Image.new("I", (6, 4), 10**6), "TIFF"), "32-bit values"),
     "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in a known format"),
 }
 LINKS = {"loop.png": "loop.png", "dangling.png": "nowhere.png"}
@@ -108,7 +113,7 @@ LINKS = {"loop.png": "loop.png", "dangling.png": "nowhere.png"}
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """33 odd or broken files among ten good ones, a pipe, a loop of links, a folder x.jpg."""
+    """Odd and broken files among ten good ones, a pipe, a loop of links, a folder x.jpg."""
     root = tmp_path_factory.mktemp("photos")
     for number in range(10):
         Image.new("RGB", (6, 4), (number, 100, 200)).save(root / f"good{number}.png")
@@ -156,7 +161,6 @@ def test_frames_and_transparency_in_full(hostile):
     turned = decode(str(hostile / "turned.png"))
     assert (turned[0] == RED).all()
     assert (turned[1:] == (0, 0, 255)).all()
-    assert decode(str(hostile / "float.tif"))[-1, -1] == 255
 
 
 def test_what_is_listed(hostile):
@@ -170,17 +174,18 @@ def test_what_is_listed(hostile):
 
 def test_the_report_and_the_tables(hostile, tmp_path):
     images = load_images(str(hostile))
-    with pytest.warns(UserWarning, match=r"12 of 46 images could not be read"):
+    with pytest.warns(UserWarning, match=r"14 of 51 images could not be read"):
         features = embed(
             images, "pixels", image_size=4, data_dir=tmp_path, num_workers=0, progress=False
         )
     report = pd.read_csv(next(tmp_path.rglob("unreadable.csv")))
     assert set(report["id"]) == {*REPORTED, *LINKS, "pipe.png"}
-    assert len(features) == 34
+    assert len(features) == 37
     write_json(tmp_path / "ids.json", features.ids)
     pd.Series(features.ids).to_csv(tmp_path / "ids.csv", index=False)
     assert pd.read_csv(tmp_path / "ids.csv")["0"].tolist() == list(features.ids)
-    assert "new\nline, and 'quotes\".png" in features.ids
+    assert "new\\u000aline, and 'quotes\".png" in features.ids
+    assert r"latin-\\xe9.png" in features.ids
 
 
 def test_pictures_travel_to_other_processes(hostile):
@@ -188,6 +193,46 @@ def test_pictures_travel_to_other_processes(hostile):
 
     files = ImageFiles(str(hostile), ("good3.png",))
     assert (pickle.loads(pickle.dumps(files))[0][0, 0] == (3, 100, 200)).all()
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+    for folder in ("photos/a", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        red().save(tmp_path / folder / "1.png")
+    (tmp_path / "photos" / "Z").symlink_to(tmp_path / "photos" / "a")
+    (tmp_path / "photos" / "b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "photos" / "c").symlink_to(tmp_path / "elsewhere" / "deep")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "photos")
+    assert load_images(str(tmp_path / "photos")).ids == ("a/1.png", "b/deep/1.png")
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"dataset='.*': .*: Permission denied$"):
+        load_images(str(tmp_path))
+
+
+def test_splits_of_a_folder(tmp_path):
+    for name in ("train/cat/1.png", "train/dog/2.png", "test/cat/3.png", "more/cat/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        red().save(tmp_path / name)
+    assert len(load_images(str(tmp_path))) == 4
+    both = load_images(str(tmp_path), split="both", labels="folders")
+    assert both.ids == ("test/cat/3.png", "train/cat/1.png", "train/dog/2.png")
+    assert both.class_names == ("cat", "dog")
+    assert both.labels.tolist() == [0, 0, 1]
+    train = load_images(str(tmp_path), split="train", labels="folders")
+    assert len({both.name, train.name, load_images(str(tmp_path)).name}) == 3
+    with pytest.raises(ValueError, match=r"'train' and 'test' in .* are no classes; give split="):
+        load_images(str(tmp_path), labels="folders")
+    for split in ("../elsewhere", "..", "", "train/cat", "val"):
+        with pytest.raises(ValueError, match=r"split='.*': .* has no sub-folder"):
+            load_images(str(tmp_path), split=split)
+    with pytest.raises(ValueError, match=r"split='both': .* of the name 'train'"):
+        load_images(str(tmp_path / "train"), split="both")
 
 
 def test_classes_are_sub_folders_only_when_asked(tmp_path):
@@ -226,6 +271,8 @@ def test_empty_and_missing_folders(tmp_path):
         load_images(str(tmp_path))
     with pytest.raises(ValueError, match=r"one of 'digits', .*, an existing folder of images"):
         load_images(str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="dataset='': one of"):
+        load_images("")
 
 
 def test_relative_paths_start_here_then_at_home(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from temi.config import RunOptions, TrainConfig
@@ -68,6 +69,17 @@ def test_bad_parameters_are_named_in_one_line(cell, message):
 def test_bad_jobs(settings, message):
     with pytest.raises(ValueError, match=message):
         JobConfig(**settings)
+
+
+def test_embeddings_of_ones_own_need_no_settings_of_images(tmp_path):
+    file = str(tmp_path / "x.npy")
+    np.save(file, np.eye(4, dtype=np.float32))
+    assert len(JobConfig(dataset=file).load()) == 4
+    for setting in (dict(split="test"), dict(labels="folders"), dict(backbone="dinov2_vits14"),
+                    dict(image_size=28), dict(weights="a.pth")):  # fmt: skip
+        (name,) = setting
+        with pytest.raises(ValueError, match=f"{name}='?.*: .* is allowed, since dataset="):
+            JobConfig(dataset=file, **setting)
 
 
 def test_options_of_the_run():
