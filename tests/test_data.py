@@ -181,9 +181,7 @@ def test_fashion_mnist_from_its_real_files(tmp_path):
 
 
 def test_imagenet_lies_where_it_is_said(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"put it, or a link to it, at .*imagenet/train/WNID"
-    ):
+    with pytest.raises(ValueError, match=r"put it, or a link to it, at .*imagenet/train/WNID"):
         load_images("imagenet", data_dir=tmp_path)
     for wnid in ("n01440764", "n01443537"):
         (tmp_path / "imagenet" / "val" / wnid).mkdir(parents=True)
