@@ -2,9 +2,9 @@
 
 Images a second from JPEG files to an array on disk (start of the decoding processes, decoding,
 resizing, forward pass, writing; the backbone is loaded already), beside those of the backbone's
-forward pass alone on tensors that are ready, with the same batches, precision and threads, taken in
-turns in one run; and the peak memory of the extracting process for
-10,000 and 60,000 images. Writes results/benchmarks/embedding.json.
+forward pass alone on tensors that are ready, with the same batches, precision and threads, right
+before and right after it in one run; and the peak memory of the extracting process for 10,000 and
+60,000 images. Writes results/benchmarks/embedding.json.
 
     python benchmarks/embedding.py PATH-TO-CIFAR10-JPEG
 
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "benchmarks" / "embedding.json
 BACKBONE = "efficientnet_lite0"
 SIZES = {96: 1024, 112: 1024, 224: 256}  # pixels -> images timed
 BATCH = 64
-ROUNDS = 3
+ROUNDS = 5
 
 
 def images_of(folder: str, count: int) -> temi.ImageSet:
@@ -75,10 +75,12 @@ def speeds(folder: str) -> list[dict]:
         )
         options = dict(batch_size=BATCH, precision=precision)
         ratios, rates, alone = [], [], []
+        passes = count // BATCH
+        alone.append(count / forward_seconds(backbone, batch, passes, precision))
         for _ in range(ROUNDS):
-            alone.append(count / forward_seconds(backbone, batch, count // BATCH, precision))
             rates.append(count / pipeline_seconds(images, backbone, **options))
-            ratios.append(rates[-1] / alone[-1])
+            alone.append(count / forward_seconds(backbone, batch, passes, precision))
+            ratios.append(rates[-1] / statistics.mean(alone[-2:]))
         rows.append(
             {"images": "CIFAR-10 (JPEG)", "backbone": BACKBONE, "pixels": size,
              "precision": precision, "images_per_s": statistics.median(rates),
@@ -118,7 +120,8 @@ def main() -> None:
     print(pd.DataFrame(rows).round(2).to_string(index=False))
     print(f"peak memory in MB, by number of images: {memory}")
     conditions = {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                  "torch": torch.__version__, "batch": BATCH, "rounds": ROUNDS}  # fmt: skip
+                  "torch": torch.__version__, "batch": BATCH, "rounds": ROUNDS,
+                  "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "")}  # fmt: skip
     write_json(RESULTS, {"rows": rows, "peak_memory_mb": memory, "conditions": conditions})
 
 
