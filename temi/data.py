@@ -107,11 +107,16 @@ class ImageSet:
         return dataclasses.replace(self, images=images, ids=kept, labels=labels)
 
 
+def holds_embeddings(name: str) -> bool:
+    """Whether a data set of this name is a file of embeddings, so that there are no images."""
+    return name.endswith((".npy", ".npz"))
+
+
 def check_dataset(name: str) -> None:
     """Raise a ValueError that lists the data sets if ``name`` is none, nor a folder or file."""
     if name in SPLITS or (name and readable_path(name).is_dir()):
         return
-    if not (name.endswith((".npy", ".npz")) and readable_path(name).is_file()):
+    if not (holds_embeddings(name) and readable_path(name).is_file()):
         raise ValueError(
             f"dataset={name!r}: one of {', '.join(map(repr, SPLITS))}, an existing folder of "
             "images, or an existing .npy or .npz file of embeddings is allowed"
@@ -165,7 +170,7 @@ def load_images(
         put the file by hand.
     """
     check_dataset(name)
-    if name.endswith((".npy", ".npz")):
+    if holds_embeddings(name):
         raise ValueError(f"dataset={name!r}: holds embeddings; temi.load_features reads them")
     if name not in SPLITS:
         return _folder(name, readable_path(name), split, labels)
@@ -214,10 +219,10 @@ def _digits() -> ImageSet:
 def _folder(name: str, root: Path, split: str | None, labels: str | None) -> ImageSet:
     if labels not in (None, "folders"):
         raise ValueError(f"labels={labels!r}: 'folders' or None is allowed")
-    parts = {None: ("",), "both": ("train", "test")}.get(split, (split,))
+    parts = {None: (), "both": ("train", "test")}.get(split, (split,))
     for part in parts:
         outside = part in ("", ".", "..") or part != Path(part).name
-        if split is not None and (outside or not (root / part).is_dir()):
+        if outside or not (root / part).is_dir():
             raise ValueError(f"split={split!r}: {name!r} has no sub-folder of the name {part!r}")
     if split not in (None, "both"):
         root = root / split
@@ -225,10 +230,8 @@ def _folder(name: str, root: Path, split: str | None, labels: str | None) -> Ima
         files = list_images(root)
     except OSError as error:
         raise ValueError(f"dataset={name!r}: {error.filename}: {error.strerror}") from error
-    depth = 0  # of the folders that are classes
     if split == "both":
         files = [file for file in files if file.split("/")[0] in parts]
-        depth = 1
     if not files:
         raise ValueError(f"dataset={name!r}: there is no image in this folder or below it")
     images = ImageFiles(str(root), tuple(files))
@@ -236,6 +239,7 @@ def _folder(name: str, root: Path, split: str | None, labels: str | None) -> Ima
     full_name = f"{root}-both" if split == "both" else str(root)
     if labels is None:
         return ImageSet(full_name, images, ids)
+    depth = int(split == "both")  # of the folders that are classes
     loose = next((name for name in ids if name.count("/") <= depth), None)
     if loose is not None:
         raise ValueError(f"labels='folders': image {loose!r} lies in no sub-folder")

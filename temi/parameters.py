@@ -10,7 +10,7 @@ from pydantic import Field
 
 from temi.backbones import check_backbone
 from temi.config import RunOptions, TrainConfig
-from temi.data import ImageSet, check_dataset, load_images
+from temi.data import ImageSet, check_dataset, holds_embeddings, load_images
 from temi.embeddings import Features, embed, load_features
 
 
@@ -43,23 +43,18 @@ class JobConfig(RunOptions):
         super().__post_init__()
         check_dataset(self.dataset)
         check_backbone(self.backbone)
-        if self.holds_embeddings:
-            for name in self.source.keys() - {"dataset"}:
-                value, default = getattr(self, name), getattr(JobConfig, name)
-                if value != default:
+        if holds_embeddings(self.dataset):
+            for name, value in self.source.items():
+                default = getattr(JobConfig, name)
+                if name != "dataset" and value != default:
                     raise ValueError(
                         f"{name}={value!r}: {default!r} is allowed, since dataset={self.dataset!r} "
                         "holds embeddings that are there already"
                     )
 
-    @property
-    def holds_embeddings(self) -> bool:
-        """Whether the data set is a file of embeddings, so that there are no images."""
-        return self.dataset.endswith((".npy", ".npz"))
-
     def load(self) -> ImageSet | Features:
         """The images; or the embeddings, where the data set is a file of those."""
-        if self.holds_embeddings:
+        if holds_embeddings(self.dataset):
             return load_features(self.dataset)
         return load_images(
             self.dataset, split=self.split, labels=self.labels, data_dir=self.data_dir
