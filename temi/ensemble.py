@@ -9,6 +9,8 @@ from torch import Tensor
 
 from temi.heads import MultiHead
 
+CHUNK = 4096  # images at a time where each has H x K or K numbers
+
 
 def align_heads(head_labels: np.ndarray, num_clusters: int, reference: int) -> np.ndarray:
     """Give all heads the same cluster numbers, so that they agree as much as they can.
@@ -37,9 +39,12 @@ def align_heads(head_labels: np.ndarray, num_clusters: int, reference: int) -> n
     The images are read once, for the tables of counts between all pairs of heads: time is linear in
     N, memory H x H x K x K integers.
     """
-    counts = np.array(
-        [[_counts(head, other, num_clusters) for other in head_labels] for head in head_labels]
-    )  # (H, H, K, K)
+    heads = len(head_labels)
+    counts = np.empty((heads, heads, num_clusters, num_clusters), dtype=np.int32)
+    for head in range(heads):
+        for other in range(head, heads):
+            table = _counts(head_labels[head], head_labels[other], num_clusters)
+            counts[head, other], counts[other, head] = table, table.T
     alignment = np.stack([_match(table) for table in counts[:, reference]])  # (H, K)
     for _ in range(100):  # a handful does
         before = alignment.copy()
@@ -56,7 +61,7 @@ def align_heads(head_labels: np.ndarray, num_clusters: int, reference: int) -> n
 def _counts(labels: np.ndarray, others: np.ndarray, num_clusters: int) -> np.ndarray:
     """How many images have each pair of labels [K, K]."""
     pairs = np.bincount(labels * num_clusters + others, minlength=num_clusters**2)
-    return pairs.reshape(num_clusters, num_clusters).astype(np.int32)
+    return pairs.reshape(num_clusters, num_clusters)
 
 
 def _match(counts: np.ndarray) -> np.ndarray:
@@ -70,7 +75,10 @@ def relabel(head_labels: np.ndarray, alignment: np.ndarray) -> np.ndarray:
 
 
 def vote(
-    aligned_labels: np.ndarray, num_clusters: int, reference: int
+    aligned_labels: np.ndarray,
+    num_clusters: int,
+    reference: int,
+    weights: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Majority vote of aligned heads.
 
@@ -85,20 +93,39 @@ def vote(
         K.
     reference : int
         Head that breaks ties.
+    weights : ndarray [H] of float, optional
+        Votes of each head, such as :func:`loss_weights`; None: one each.
 
     Returns
     -------
     labels : ndarray [N], int64
     agreement : ndarray [N], float64
-        Share of heads that voted with the winner, 1 / H to 1.
+        Share of heads that voted with the winner, whatever their weights, 1 / H to 1.
     """
-    images = np.arange(aligned_labels.shape[1])
-    votes = np.zeros((len(images), num_clusters), dtype=np.float32)
-    for labels in aligned_labels:
-        votes[images, labels] += 1
-    votes[images, aligned_labels[reference]] += 0.5  # decides ties and nothing else
-    winners = votes.argmax(axis=1)
+    weights = np.ones(len(aligned_labels)) if weights is None else np.asarray(weights)
+    winners = np.empty(aligned_labels.shape[1], dtype=np.int64)
+    for start in range(0, len(winners), CHUNK):  # all N x K votes at once can be gigabytes
+        chunk = aligned_labels[:, start : start + CHUNK]
+        images = np.arange(chunk.shape[1])
+        votes = np.zeros((len(images), num_clusters))
+        for labels, weight in zip(chunk, weights, strict=True):
+            votes[images, labels] += weight
+        preferred = chunk[reference]
+        tied = votes[images, preferred] >= votes.max(axis=1) - 1e-9 * weights.sum()
+        winners[start : start + CHUNK] = np.where(tied, preferred, votes.argmax(axis=1))
     return winners, (aligned_labels == winners).mean(axis=0)
+
+
+def loss_weights(head_losses: np.ndarray) -> np.ndarray:
+    """Weights [H] of heads by their losses [H], of mean 1: a head of lower loss counts for more.
+
+    One standard deviation of the losses more is a factor of 1/e less, so that the weights do not
+    depend on the scale of the losses, which differs with K and beta.
+    """
+    losses = np.asarray(head_losses, dtype=np.float64)
+    spread = losses.std() or 1.0
+    weights = np.exp((losses.min() - losses) / spread)
+    return weights / weights.mean()
 
 
 def agreement_between_heads(aligned_labels: np.ndarray) -> np.ndarray:
@@ -106,11 +133,44 @@ def agreement_between_heads(aligned_labels: np.ndarray) -> np.ndarray:
     return np.stack([(aligned_labels == labels).mean(axis=1) for labels in aligned_labels])
 
 
-def head_logits(heads: MultiHead, x: Tensor, chunk_size: int = 4096) -> Iterator[Tensor]:
+def head_logits(heads: MultiHead, x: Tensor) -> Iterator[Tensor]:
     """Logits [H, chunk, K] of embeddings [N, D], some rows at a time, on the heads' device."""
     with torch.inference_mode():
-        for chunk in x.split(chunk_size):
+        for chunk in x.split(CHUNK):
             yield heads(chunk.to(heads.gain.device))
+
+
+def mean_probs(
+    heads: MultiHead,
+    x: Tensor,
+    alignment: np.ndarray,
+    temperature: float,
+    weights: np.ndarray | None = None,
+) -> Iterator[Tensor]:
+    """Soft consensus: the mean over heads of their probabilities in common numbers.
+
+    Parameters
+    ----------
+    heads : MultiHead
+    x : Tensor [N, D]
+    alignment : ndarray [H, K]
+        From :func:`align_heads`.
+    temperature : float
+        Of the softmax.
+    weights : ndarray [H], optional
+        None: equal.
+
+    Yields
+    ------
+    Tensor [chunk, K]
+        float32 on the CPU, some images at a time: all at once can be gigabytes.
+    """
+    own_number = torch.from_numpy(alignment.argsort(axis=1)).unsqueeze(1)  # (H, 1, K)
+    weights = np.ones(len(alignment)) if weights is None else np.asarray(weights)
+    shares = torch.from_numpy(weights / weights.sum()).float().view(-1, 1, 1)
+    for logits in head_logits(heads, x):
+        probs = (logits / temperature).softmax(dim=-1).cpu()  # (H, chunk, K)
+        yield (probs.gather(-1, own_number.expand_as(probs)) * shares).sum(dim=0)
 
 
 def head_labels(heads: MultiHead, x: Tensor) -> np.ndarray:

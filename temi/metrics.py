@@ -1,9 +1,15 @@
-"""Scores of a clustering. Those that take classes use them after the fact, to score alone."""
+"""Scores of a clustering, with classes and without.
+
+Those that take classes use them after the fact, to score alone.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import entropy
+from scipy.stats import bootstrap, entropy
 from sklearn import metrics as sklearn_metrics
 from sklearn.metrics.cluster import contingency_matrix
 
@@ -47,6 +53,122 @@ def cluster_accuracy(labels: np.ndarray, classes: np.ndarray) -> float:
     """Share of images whose cluster is matched with their class; see :func:`match_clusters`."""
     counts = contingency_matrix(classes, labels)
     return float(counts[linear_sum_assignment(counts, maximize=True)].sum() / len(labels))
+
+
+def purity(labels: np.ndarray, classes: np.ndarray) -> float:
+    """Share of images that are of the most frequent class of their cluster.
+
+    The many-to-one accuracy: several clusters may stand for one class, so it is the score to read
+    where there are more clusters than classes. It never falls as clusters are split: with one
+    image a cluster it is 1. :func:`cluster_accuracy` is the one-to-one score.
+    """
+    return float(contingency_matrix(classes, labels).max(axis=0).sum() / len(labels))
+
+
+def class_recall(labels: np.ndarray, classes: np.ndarray) -> pd.Series:
+    """Share of each class's images that are in the cluster matched with it, by class.
+
+    0 for a class that :func:`match_clusters` leaves without a cluster.
+    """
+    match = match_clusters(labels, classes)
+    right = pd.Series(labels).map(match).to_numpy() == classes
+    return pd.Series(right).groupby(np.asarray(classes)).mean()
+
+
+def confidence_interval(
+    labels: np.ndarray,
+    classes: np.ndarray,
+    score: Callable[[np.ndarray, np.ndarray], float] = cluster_accuracy,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap interval of a score (percentiles, over images drawn with replacement).
+
+    It says how far the score depends on which images were scored; not how far another seed of the
+    training would move it, which is often more.
+
+    Parameters
+    ----------
+    labels, classes : array [N] of int
+        Cluster and class of each image.
+    score : callable
+        (labels, classes) -> float.
+    level : float
+        Share of resamples inside the interval.
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    tuple of float
+        Lower and upper end.
+    """
+    result = bootstrap(
+        (labels, classes), score, paired=True, vectorized=False, n_resamples=resamples,
+        confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def stability(clusterings: Sequence[np.ndarray]) -> float:
+    """Mean adjusted Rand index between every two clusterings of the same images; no classes.
+
+    Of runs that differ in their seed alone: 1 where all find the same groups, near 0 where they
+    have nothing in common.
+    """
+    pairs = itertools.combinations(clusterings, 2)
+    return float(np.mean([sklearn_metrics.adjusted_rand_score(a, b) for a, b in pairs]))
+
+
+def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int = 0) -> float:
+    """Mean silhouette (cosine distance) of a sample of images; no classes.
+
+    How much nearer an image is to its own cluster than to the next, from -1 to 1. The sample keeps
+    the cost, quadratic in its size, flat.
+
+    Parameters
+    ----------
+    x : ndarray [N, D]
+        Embeddings.
+    labels : array [N] of int
+    sample : int
+        Images drawn, all if there are fewer.
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        If the sample has one cluster alone, or each of its images is one (scikit-learn).
+    """
+    rows = np.random.default_rng(seed).permutation(len(x))[:sample]
+    distances = np.asarray(x[rows], dtype=np.float32)
+    return float(sklearn_metrics.silhouette_score(distances, labels[rows], metric="cosine"))
+
+
+def neighbor_information(probs: np.ndarray, neighbors: np.ndarray) -> float:
+    """Mutual information between the clusters of neighbours, in nats; no classes.
+
+    How much the cluster of an image says about the cluster of its neighbour: 0 for clusters that
+    ignore the neighbourhoods, or for a single cluster; log K where neighbours always share one of K
+    clusters of the same size. Of soft clusters, the joint distribution is the mean of
+    p(c|x) p(c'|x') over the pairs (Ji et al., Invariant Information Clustering, ICCV 2019, eq. 2).
+
+    Parameters
+    ----------
+    probs : ndarray [N, K] of float, or [N] of int
+        Probability of each cluster, as from :meth:`temi.Run.predict_proba`, or the clusters.
+    neighbors : ndarray [N, k] of int
+        Rows of each image's neighbours, itself left out.
+    """
+    if probs.ndim == 1:
+        partners = probs[neighbors].ravel()
+        joint = contingency_matrix(np.repeat(probs, neighbors.shape[1]), partners)
+    else:
+        joint = sum(probs.T @ probs[column] for column in neighbors.T)
+    ends = entropy(joint.sum(axis=1)) + entropy(joint.sum(axis=0))
+    return float(ends - entropy(joint, axis=None))
 
 
 def evaluate(labels: np.ndarray, classes: np.ndarray) -> dict[str, float]:

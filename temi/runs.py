@@ -124,13 +124,33 @@ class Run:
 
     def predict_proba(self, features: Features | np.ndarray) -> np.ndarray:
         """Mean over heads of the aligned teacher probabilities [N, K], float32."""
-        own_number = torch.from_numpy(self.alignment.argsort(axis=1))  # (H, K), of a common number
-        chunks = []
-        for logits in ensemble.head_logits(self.teacher, self._inputs(features)):
-            probs = (logits / self.config.teacher_temp).softmax(dim=-1).cpu()  # (H, chunk, K)
-            index = own_number.unsqueeze(1).expand_as(probs)
-            chunks.append(probs.gather(-1, index).mean(dim=0))
-        return torch.cat(chunks).numpy()
+        return torch.cat(list(self._mean_probs(features, None))).numpy()
+
+    def soft_consensus(
+        self, features: Features | np.ndarray, weights: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cluster of each row of embeddings by the mean of all heads' probabilities.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D]
+            As for :meth:`predict`.
+        weights : ndarray [H], optional
+            Of the heads, such as :func:`temi.ensemble.loss_weights`; None: equal.
+
+        Returns
+        -------
+        labels : ndarray [N], int64
+        confidence : ndarray [N], float32
+            Mean probability of that cluster.
+        """
+        chunks = [probs.max(dim=-1) for probs in self._mean_probs(features, weights)]
+        labels = torch.cat([chunk.indices for chunk in chunks]).numpy()
+        return labels, torch.cat([chunk.values for chunk in chunks]).numpy()
+
+    def _mean_probs(self, features: Features | np.ndarray, weights: np.ndarray | None):
+        x, temperature = self._inputs(features), self.config.teacher_temp
+        return ensemble.mean_probs(self.teacher, x, self.alignment, temperature, weights)
 
     def _inputs(self, features: Features | np.ndarray) -> Tensor:
         x = normalize(as_array(features), self.config.normalize, self.mean, self.axes)

@@ -2,8 +2,18 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from temi.ensemble import agreement_between_heads, align_heads, relabel, vote
+from temi import ensemble
+from temi.ensemble import (
+    agreement_between_heads,
+    align_heads,
+    loss_weights,
+    mean_probs,
+    relabel,
+    vote,
+)
+from temi.heads import MultiHead
 
 K = 5
 
@@ -70,3 +80,46 @@ def test_agreement_between_heads():
     aligned = np.array([[0, 1, 2, 3], [0, 1, 2, 0], [1, 1, 1, 1]])
     expected = [[1, 0.75, 0.25], [0.75, 1, 0.25], [0.25, 0.25, 1]]
     np.testing.assert_array_equal(agreement_between_heads(aligned), expected)
+
+
+def test_vote_against_a_plain_count(monkeypatch):
+    """With weights, in chunks of which the last is short."""
+    rng = np.random.default_rng(3)
+    aligned, weights = rng.integers(K, size=(6, 100)), rng.random(6)
+    expected = [
+        max(range(K), key=lambda c, column=column: weights[column == c].sum())
+        for column in aligned.T
+    ]
+    monkeypatch.setattr(ensemble, "CHUNK", 33)
+    assert vote(aligned, K, 0, weights)[0].tolist() == expected
+
+
+def test_a_weighted_tie_goes_to_the_reference():
+    aligned = np.array([[4], [4], [4], [2]])
+    assert vote(aligned, K, 3, np.array([0.1, 0.1, 0.1, 0.3]))[0].tolist() == [2]
+    assert vote(aligned, K, 0, np.array([0.1, 0.1, 0.1, 0.3]))[0].tolist() == [4]
+
+
+def test_loss_weights():
+    losses = np.array([-2.0, -1.0, -1.0, 0.0])
+    weights = loss_weights(losses)
+    assert weights.mean() == pytest.approx(1)
+    assert weights[0] / weights[1] == pytest.approx(np.exp(1 / losses.std()))
+    np.testing.assert_allclose(loss_weights(10 * losses + 3), weights)
+    np.testing.assert_array_equal(loss_weights([5.0, 5.0]), [1, 1])
+
+
+def test_mean_probs_against_a_plain_loop(monkeypatch):
+    torch.manual_seed(0)
+    heads, x = MultiHead(8, K, 3, 16, 4), torch.randn(25, 8)
+    rng = np.random.default_rng(4)
+    alignment = np.stack([rng.permutation(K) for _ in range(3)])
+    weights = np.array([1.0, 2.0, 5.0])
+    probs = (heads(x) / 0.1).softmax(-1).detach().numpy()
+    expected = np.zeros((25, K))
+    for head in range(3):
+        for own in range(K):
+            expected[:, alignment[head, own]] += weights[head] / 8 * probs[head, :, own]
+    monkeypatch.setattr(ensemble, "CHUNK", 10)
+    found = torch.cat(list(mean_probs(heads, x, alignment, 0.1, weights))).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)

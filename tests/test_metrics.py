@@ -5,11 +5,17 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from temi.metrics import (
+    class_recall,
     cluster_accuracy,
     cluster_statistics,
+    confidence_interval,
     evaluate,
     match_clusters,
     matched_counts,
+    neighbor_information,
+    purity,
+    silhouette,
+    stability,
 )
 
 RNG = np.random.default_rng(0)
@@ -74,3 +80,89 @@ def test_statistics():
     assert statistics["entropy"] == pytest.approx(np.log(2))
     assert statistics["balance"] == pytest.approx(0.5)
     assert cluster_statistics(np.zeros(3, int), 2)["balance"] == 0
+
+
+def test_purity_is_the_best_over_all_mappings_of_clusters_to_classes():
+    labels, truth = RNG.integers(4, size=60), RNG.integers(3, size=60)
+    mappings = itertools.product(range(3), repeat=4)
+    best = max((np.array(mapping)[labels] == truth).mean() for mapping in mappings)
+    assert purity(labels, truth) == pytest.approx(best)
+    split = np.arange(60)
+    assert purity(split, truth) == 1
+    assert cluster_accuracy(split, truth) == pytest.approx(3 / 60)
+
+
+def test_class_recall_by_hand():
+    classes = np.array([0, 0, 0, 0, 1, 1, 2])
+    labels = np.array([5, 5, 5, 7, 7, 7, 5])
+    assert class_recall(labels, classes).to_dict() == {0: 0.75, 1: 1.0, 2: 0.0}
+
+
+def test_recall_weighted_by_class_is_the_accuracy():
+    labels, truth = RNG.integers(6, size=200), RNG.integers(4, size=200)
+    recall = class_recall(labels, truth)
+    shares = np.bincount(truth) / len(truth)
+    assert (recall * shares).sum() == pytest.approx(cluster_accuracy(labels, truth))
+
+
+def test_confidence_interval_is_that_of_a_proportion():
+    """With the clusters named by hand, the score is a binomial share."""
+    truth = np.tile([0, 1], 500)
+    labels = np.where(np.arange(1000) % 5 == 0, 1 - truth, truth)  # right in four of five
+
+    def share(labels, classes):
+        return (labels == classes).mean()
+
+    low, high = confidence_interval(labels, truth, share)
+    half = 1.96 * np.sqrt(0.8 * 0.2 / 1000)
+    assert low == pytest.approx(0.8 - half, abs=0.006)
+    assert high == pytest.approx(0.8 + half, abs=0.006)
+    low, high = confidence_interval(labels, truth, resamples=200)
+    assert low < cluster_accuracy(labels, truth) < high
+
+
+def test_stability():
+    labels = RNG.integers(5, size=2000)
+    renamed = RNG.permutation(5)[labels]
+    other = RNG.integers(5, size=2000)
+    assert stability([labels, renamed, renamed]) == pytest.approx(1)
+    assert stability([labels, other]) == pytest.approx(0, abs=0.01)
+    rand = sklearn_metrics.adjusted_rand_score(labels, other)
+    assert stability([labels, renamed, other]) == pytest.approx((1 + 2 * rand) / 3)
+
+
+def test_silhouette_of_all_images_is_scikit_learns():
+    x, labels = RNG.normal(size=(90, 4)), RNG.integers(3, size=90)
+    expected = sklearn_metrics.silhouette_score(x, labels, metric="cosine")
+    assert silhouette(x, labels) == pytest.approx(expected, abs=1e-5)
+    assert silhouette(x, labels, sample=60, seed=1) == silhouette(x, labels, sample=60, seed=1)
+
+
+def test_neighbor_information_against_a_plain_loop():
+    probs = RNG.dirichlet(np.ones(4), size=30)
+    neighbors = np.stack([RNG.permutation(30)[:3] for _ in range(30)])
+    joint = np.zeros((4, 4))
+    for i in range(30):
+        for j in neighbors[i]:
+            joint += np.outer(probs[i], probs[j]) / 90
+    rows, columns = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
+    expected = (joint * np.log(joint / (rows * columns))).sum()
+    assert neighbor_information(probs, neighbors) == pytest.approx(expected, rel=1e-6)
+
+
+def test_neighbor_information_of_labels_is_scikit_learns():
+    labels = RNG.integers(6, size=50)
+    neighbors = np.stack([RNG.permutation(50)[:4] for _ in range(50)])
+    pairs = np.repeat(labels, 4), labels[neighbors].ravel()
+    expected = sklearn_metrics.mutual_info_score(*pairs)
+    assert neighbor_information(labels, neighbors) == pytest.approx(expected)
+    soft = neighbor_information(np.eye(6, dtype=np.float32)[labels], neighbors)
+    assert soft == pytest.approx(expected)
+
+
+def test_neighbor_information_at_its_ends():
+    sure = np.repeat(range(5), 4)
+    same = np.arange(20).reshape(5, 4)[:, ::-1].reshape(20, 1)  # another of the same cluster
+    assert neighbor_information(sure, same) == pytest.approx(np.log(5))
+    assert neighbor_information(np.zeros(20, int), same) == 0
+    assert neighbor_information(np.full((20, 5), 0.2), same) == pytest.approx(0, abs=1e-12)
