@@ -12,9 +12,11 @@ Scoring is left out of all of them. Of ``plain`` the reading is that of the pape
 lowest loss; of ours the vote. ``fast`` has passed ``plain`` when its accuracy is above that of the
 last epoch of ``plain`` and stays there.
 
-    python benchmarks/time_to_accuracy.py --features FILE.npz
+    python benchmarks/time_to_accuracy.py --images PATH-TO-CIFAR10-JPEG/test --name cifar10
 
-The file holds ``X`` [N, D] and the classes ``y`` [N], which score and do nothing else. Writes
+embeds a folder of images, one sub-folder a class, with EfficientNet-Lite0 at 112 pixels (the cache
+keeps that for the next time); ``--features FILE.npz`` takes embeddings that are there: ``X`` [N, D]
+and the classes ``y`` [N]. Classes score and do nothing else. Writes
 results/benchmarks/time_to_accuracy_NAME.json and results/figures/time_to_accuracy_NAME.png;
 ``--baseline`` takes ``plain``, ``paper`` and k-means from such a JSON of the same machine.
 """
@@ -157,19 +159,28 @@ def draw(results: dict, file: Path) -> None:
     figure.savefig(file)
 
 
+def load(images: Path | None, file: Path | None) -> Features:
+    """Embeddings with their classes."""
+    if images is None:
+        return temi.load_features(file)
+    folder = temi.load_images(str(images), labels="folders")
+    return temi.embed(folder, "efficientnet_lite0", image_size=112)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--name", help="of the outputs; default: that of the file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="folder of a sub-folder for each class")
+    source.add_argument("--features", type=Path, help="file with X and y")
+    parser.add_argument("--name", help="of the outputs; default: that of the folder or file")
     parser.add_argument("--seeds", type=int, default=3, help="of fast")
     parser.add_argument("--epochs", type=int, default=100, help="of the paper's recipe")
     parser.add_argument("--baseline", type=Path, help="JSON with plain, paper and k-means")
     parser.add_argument("--skip-paper", action="store_true", help="leave the second line out")
     arguments = parser.parse_args()
-    name = arguments.name or arguments.features.stem
-    arrays = np.load(arguments.features)
-    x, y = arrays["X"].astype(np.float32), arrays["y"]
-    x = Features.from_array(x).x
+    name = arguments.name or (arguments.images or arguments.features).stem
+    features = load(arguments.images, arguments.features)
+    x, y = np.asarray(features.x, dtype=np.float32), features.labels
     clusters = len(np.unique(y))
     settings = {"num_clusters": clusters, "device": "cpu"}
 

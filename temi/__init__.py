@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "data": ["ImageSet", "load_images"],
         "embeddings": ["Features", "embed", "load_features"],
         "ensemble": ["agreement_between_heads", "align_heads", "loss_weights", "vote"],
+        "estimator": ["TEMI"],
         "files": ["results_file"],
         "heads": ["MultiHead"],
         "losses": ["temi_loss"],

@@ -352,6 +352,7 @@ def normalize(
     mean: np.ndarray | None = None,
     axes: np.ndarray | None = None,
     chunk_size: int = 8192,
+    dtype: str = "float32",
 ) -> np.ndarray:
     """Prepare embeddings for clustering.
 
@@ -367,16 +368,18 @@ def normalize(
         before the length is made 1.
     chunk_size : int
         Rows converted at a time, so that beside the result little memory is needed.
+    dtype : {"float32", "float64"}
+        Of the computation and the result.
 
     Returns
     -------
-    ndarray [N, D] or [N, P], float32
+    ndarray [N, D] or [N, P]
     """
     if mean is None:
         mean = mean_embedding(x, how)
-    prepared = np.empty((len(x), x.shape[1] if axes is None else axes.shape[1]), dtype=np.float32)
+    prepared = np.empty((len(x), x.shape[1] if axes is None else axes.shape[1]), dtype=dtype)
     for start in range(0, len(x), chunk_size):
-        rows = np.asarray(x[start : start + chunk_size], dtype=np.float32) - mean
+        rows = np.asarray(x[start : start + chunk_size], dtype=dtype) - mean
         if axes is not None:
             rows = rows @ axes
         if how != "none":

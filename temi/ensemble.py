@@ -163,11 +163,11 @@ def mean_probs(
     Yields
     ------
     Tensor [chunk, K]
-        float32 on the CPU, some images at a time: all at once can be gigabytes.
+        On the CPU, some images at a time: all at once can be gigabytes.
     """
     own_number = torch.from_numpy(alignment.argsort(axis=1)).unsqueeze(1)  # (H, 1, K)
     weights = np.ones(len(alignment)) if weights is None else np.asarray(weights)
-    shares = torch.from_numpy(weights / weights.sum()).float().view(-1, 1, 1)
+    shares = torch.from_numpy(weights / weights.sum()).to(x.dtype).view(-1, 1, 1)
     for logits in head_logits(heads, x):
         probs = (logits / temperature).softmax(dim=-1).cpu()  # (H, chunk, K)
         yield (probs.gather(-1, own_number.expand_as(probs)) * shares).sum(dim=0)

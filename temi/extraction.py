@@ -106,7 +106,7 @@ def extract(
     batches = _decoded(source, workers, pin_memory=device.type == "cuda")
     bar = tqdm(
         total=len(images), initial=log["rows"], desc=f"embedding with {backbone.name}",
-        unit="image", file=sys.stdout, disable=not config.progress, delay=2,
+        unit="image", file=sys.stdout, disable=not config.progress, delay=2, mininterval=1,
     )  # fmt: skip
     pending, saved, shape = [], time.monotonic(), None
     try:

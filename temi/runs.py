@@ -123,7 +123,7 @@ class Run:
         return ensemble.vote(heads, self.config.num_clusters, self.best_head)[0]
 
     def predict_proba(self, features: Features | np.ndarray) -> np.ndarray:
-        """Mean over heads of the aligned teacher probabilities [N, K], float32."""
+        """Mean over heads of the aligned teacher probabilities [N, K], in the teacher's dtype."""
         return torch.cat(list(self._mean_probs(features, None))).numpy()
 
     def soft_consensus(
@@ -153,8 +153,9 @@ class Run:
         return ensemble.mean_probs(self.teacher, x, self.alignment, temperature, weights)
 
     def _inputs(self, features: Features | np.ndarray) -> Tensor:
-        x = normalize(as_array(features), self.config.normalize, self.mean, self.axes)
-        return torch.from_numpy(x)
+        dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
+        how, mean, axes = self.config.normalize, self.mean, self.axes
+        return torch.from_numpy(normalize(as_array(features), how, mean, axes, dtype=dtype))
 
 
 def load_run(path: str | Path) -> Run:
