@@ -55,6 +55,14 @@ class Server:
         return self.wait()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heeds_interrupts():
+    """What a shell starts in the background ignores Ctrl-C, and hands that on to its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def server():
     server = Server()
@@ -101,6 +109,7 @@ def kill_again_and_again(server, whole, folder: Path, number: int, kills: int) -
     moments = random.Random(0)
     chain, done = 0, []
     while len(done) < kills:
+        assert chain < 10 * kills, "the trainings finish as if they were not killed"
         run_dir = folder / f"run{chain}"
         pid = server.start(run_dir)
         time.sleep(moments.uniform(0, 0.6 * seconds))
