@@ -55,14 +55,6 @@ class Server:
         return self.wait()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def heeds_interrupts():
-    """What a shell starts in the background ignores Ctrl-C, and hands that on to its children."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def server():
     server = Server()
