@@ -180,5 +180,7 @@ def draw_pairs(
     order = torch.rand(len(anchors), k, generator=generator)
     choice = order.topk(group_size - 1).indices  # (steps * B, G - 1), all different
     anchors, choice = anchors.to(neighbors.device), choice.to(neighbors.device)
-    groups = torch.cat([anchors.unsqueeze(1), neighbors[anchors].gather(1, choice)], dim=1)
+    anchors = anchors.unsqueeze(1)  # (steps * B, 1)
+    chosen = neighbors.flatten()[anchors * k + choice]
+    groups = torch.cat([anchors, chosen], dim=1)
     return groups.view(steps, batch_size, group_size).transpose(1, 2).flatten(1)

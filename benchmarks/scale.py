@@ -1,0 +1,183 @@
+"""Claim: a training of 1.28 million images and 1,000 clusters fits into 3 GB, its scores into 6.
+
+Measured with random embeddings, of which only the sizes matter:
+
+* the time of a step for 10,000 to a million images, which should not depend on their number;
+* the time of the neighbour search for 10,000 and 100,000 images, and what it comes to for 1.28
+  million, as it grows with the square of their number;
+* the peak of anonymous resident memory (RssAnon: what cannot be dropped and read again from a file)
+  of :func:`temi.train` on 1.28M x 768 embeddings in float16, memory-mapped, at 1,000 clusters, the
+  neighbours given and an epoch cut to some steps, everything after the epoch included;
+* time and peak memory of alignment, vote, soft consensus and scores for as many images, 16 heads
+  and 1,000 clusters.
+
+Linux alone, for /proc; 6 GB of memory and 2 GB of disk are needed.
+
+    python benchmarks/scale.py
+
+Writes results/benchmarks/scale.json.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import temi
+import temi.training
+from temi import ensemble
+from temi.embeddings import Features
+from temi.files import write_json
+from temi.heads import MultiHead
+from temi.metrics import cluster_accuracy, evaluate
+from temi.neighbors import nearest_neighbors
+
+FILE = Path(__file__).parents[1] / "results" / "benchmarks" / "scale.json"
+IMAGES, DIM, CLUSTERS, HEADS = 1_280_000, 768, 1000, 16
+STEPS = 20
+
+
+class AnonymousPeak:
+    """The largest RssAnon of this process within the context, in GB, above nothing."""
+
+    def __enter__(self) -> "AnonymousPeak":
+        self.peak, self.over = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self) -> None:
+        while not self.over.wait(0.02):
+            status = Path("/proc/self/status").read_text()
+            now = int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 2**20
+            self.peak = max(self.peak, now)
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+def random_features(folder: str, images: int, dim: int) -> Features:
+    """Memory-mapped float16 embeddings."""
+    file = Path(folder) / f"{images}.npy"
+    x = np.lib.format.open_memmap(file, "w+", np.float16, (images, dim))
+    random = np.random.default_rng(0)
+    for start in range(0, images, 65536):
+        rows = x[start : start + 65536]
+        rows[:] = random.standard_normal(rows.shape, dtype=np.float32)
+    x.flush()
+    del x
+    manifest = {"dataset": "random", "backbone": "own"}
+    return Features(np.load(file, mmap_mode="r"), range(images), manifest)
+
+
+def train_cut(features: Features, clusters: int, steps: int) -> dict:
+    """An epoch of so many steps with random neighbours: its seconds, and GB at the peak."""
+    found, drawn = temi.training.nearest_neighbors, temi.training.draw_pairs
+
+    def given(x: torch.Tensor, k: int) -> tuple[torch.Tensor, None]:
+        return torch.randint(len(x), (len(x), k)), None
+
+    temi.training.nearest_neighbors = given
+    temi.training.draw_pairs = lambda *arguments: drawn(*arguments)[:steps]
+    try:
+        with AnonymousPeak() as memory:
+            config = temi.TrainConfig(
+                num_clusters=clusters, num_heads=HEADS, epochs=1, warmup_epochs=0, device="cpu"
+            )
+            run = temi.train(features, config, progress=False)
+    finally:
+        temi.training.nearest_neighbors, temi.training.draw_pairs = found, drawn
+    return {"steps": steps, "seconds": run.seconds["training"], "peak_gb": memory.peak}
+
+
+def search_seconds(images: int, dim: int) -> float:
+    x = torch.randn(images, dim)
+    clock = time.perf_counter()
+    nearest_neighbors(x, 25)
+    return time.perf_counter() - clock
+
+
+def reading(images: int) -> dict:
+    """Seconds of each reading of 16 heads, and GB at the peak."""
+    random = np.random.default_rng(0)
+    classes = random.integers(0, CLUSTERS, images)
+    noise = random.random((HEADS, images)) < 0.5
+    labels = np.where(noise, random.integers(0, CLUSTERS, (HEADS, images)), classes)
+    heads = MultiHead(256, CLUSTERS, HEADS).requires_grad_(False)
+    x = torch.randn(images, 256)
+    seconds = {}
+
+    def timed(name: str, work):
+        clock = time.perf_counter()
+        result = work()
+        seconds[name] = round(time.perf_counter() - clock, 1)
+        return result
+
+    with AnonymousPeak() as memory:
+        alignment = timed("alignment", lambda: ensemble.align_heads(labels, CLUSTERS, 0))
+        aligned = ensemble.relabel(labels, alignment)
+        vote, _ = timed("vote", lambda: ensemble.vote(aligned, CLUSTERS, 0))
+        timed("accuracy, 16 heads", lambda: [cluster_accuracy(own, classes) for own in aligned])
+        timed("all scores of the vote", lambda: evaluate(vote, classes))
+        timed("NMI and ARI, 16 heads", lambda: [scores(own, classes) for own in aligned])
+        probs = ensemble.mean_probs(heads, x, alignment, 0.1)
+        timed("soft consensus", lambda: [chunk.argmax(dim=1) for chunk in probs])
+    return {"seconds": seconds, "peak_gb": memory.peak}
+
+
+def scores(labels: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    return normalized_mutual_info_score(classes, labels), adjusted_rand_score(classes, labels)
+
+
+def alone(work, *arguments):
+    """The work's result, from a process of its own, so that no memory of another is counted."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def training(images: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        return train_cut(random_features(folder, images, DIM), CLUSTERS, STEPS)
+
+
+def step_seconds(images: int) -> float:
+    """Seconds of a step, without what an epoch costs once."""
+    with tempfile.TemporaryDirectory() as folder:
+        features = random_features(folder, images, 256)
+        few, many = (train_cut(features, 100, steps)["seconds"] for steps in (50, 150))
+    return (many - few) / 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=IMAGES)
+    images = parser.parse_args().images
+    results = {"images": images, "dimensions": DIM, "clusters": CLUSTERS, "heads": HEADS}
+    for name, measured in (
+        ("training", lambda: alone(training, images)),
+        ("reading", lambda: alone(reading, images)),
+        ("step_seconds", lambda: {n: alone(step_seconds, n) for n in (10**4, 10**5, 10**6)}),
+        ("search_seconds", lambda: {n: alone(search_seconds, n, 256) for n in (10**4, 10**5)}),
+    ):
+        results[name] = measured()
+        print(name, results[name], flush=True)
+    pairs = (images / 10**5) ** 2
+    results["search_hours_extrapolated"] = results["search_seconds"][10**5] * pairs / 3600
+    results["conditions"] = {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
+                             "torch": torch.__version__, "numpy": np.__version__}  # fmt: skip
+    write_json(FILE, results)
+
+
+if __name__ == "__main__":
+    main()
