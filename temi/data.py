@@ -84,6 +84,20 @@ class ImageSet:
                 digest.update(np.ascontiguousarray(self.images[start : start + 1024]))
         return digest.hexdigest()
 
+    def rows(self, ids: Sequence[str]) -> list[int]:
+        """Row of each of these ids.
+
+        Raises
+        ------
+        ValueError
+            If there is no image of such an id.
+        """
+        place = {name: row for row, name in enumerate(self.ids)}
+        missing = next((name for name in ids if name not in place), None)
+        if missing is not None:
+            raise ValueError(f"ids: {missing!r} is no image of {self.name!r}")
+        return [place[name] for name in ids]
+
     def keep(self, ids: Sequence[str]) -> "ImageSet":
         """Only the images of these ids, in the order in which they stand here.
 
@@ -92,11 +106,7 @@ class ImageSet:
         ValueError
             If there is no image of such an id.
         """
-        wanted = set(ids)
-        rows = [row for row, name in enumerate(self.ids) if name in wanted]
-        if len(rows) < len(wanted):
-            missing = min(wanted - set(self.ids))
-            raise ValueError(f"ids: {missing!r} is no image of {self.name!r}")
+        rows = sorted(set(self.rows(ids)))
         if isinstance(self.images, ImageFiles):
             names = tuple(self.images.names[row] for row in rows)
             images = dataclasses.replace(self.images, names=names)

@@ -1,0 +1,273 @@
+"""What becomes of the clusters: a table of the images, and a folder for each cluster."""
+
+import errno
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from temi import ensemble
+from temi.data import ImageSet
+from temi.embeddings import Features
+from temi.files import whole_file
+from temi.image_files import ImageFiles
+from temi.names import apply_names, names_in
+from temi.runs import Run
+
+MARKER = ".sorted-by-temi"  # in a folder that the next call may replace
+
+
+def assignments(run: Run, features: Features, centers: np.ndarray | None = None) -> pd.DataFrame:
+    """The cluster of each image, and how sure it is.
+
+    Parameters
+    ----------
+    run : Run
+    features : Features
+        From the same backbone as those trained on, not normalised.
+    centers : ndarray [K, D], optional
+        From :func:`centers`, of the features trained on; needed for new images. None: of
+        ``features``.
+
+    Returns
+    -------
+    DataFrame
+        One row an image, in their order:
+
+        - ``path`` : its name in ``features.ids``;
+        - ``cluster`` : int64, majority vote of the heads, as :meth:`temi.Run.predict` has it;
+        - ``confidence`` : mean over the aligned heads of the teacher's probability of that cluster;
+        - ``agreement`` : share of heads that voted for it;
+        - ``second_choice`` : int64, of the other clusters the one of the largest mean probability;
+          -1 if there is no other;
+        - ``distance`` : 1 minus the cosine similarity to the cluster's centre, 0 to 2; NaN where no
+          image trained on is in that cluster.
+
+    Notes
+    -----
+    The N x K probabilities are held for some thousand images at a time.
+    """
+    x = run.inputs(features)
+    labels, agreement = _vote(run, features)
+    middles = torch.from_numpy(_means(x, labels, run) if centers is None else centers)
+    chunks = []
+    clusters = torch.from_numpy(labels).split(ensemble.CHUNK)
+    rows = x.split(ensemble.CHUNK)
+    for probs, own, part in zip(run.mean_probs(features), clusters, rows, strict=True):
+        confidence = probs.gather(1, own[:, None])[:, 0]
+        others = probs.scatter(1, own[:, None], -1)  # (chunk, K)
+        likeliest, second = others.max(dim=1)
+        distance = 1 - F.cosine_similarity(part.double(), middles[own], dim=1)
+        second = second.where(likeliest >= 0, -1)
+        chunks.append((confidence.double().numpy(), second.numpy(), distance.numpy()))
+    confidence, second, distance = map(np.concatenate, zip(*chunks, strict=True))
+    return pd.DataFrame(
+        {"path": features.ids, "cluster": labels, "confidence": confidence, "agreement": agreement,
+         "second_choice": second, "distance": distance}
+    )  # fmt: skip
+
+
+def centers(run: Run, features: Features | np.ndarray) -> np.ndarray:
+    """Mean of each cluster's embeddings, as the heads see them: centred, scaled, projected.
+
+    Parameters
+    ----------
+    run : Run
+    features : Features or ndarray [N, D]
+        Those trained on.
+
+    Returns
+    -------
+    ndarray [K, D] or [K, P], float64
+        NaN for a cluster without images.
+    """
+    return _means(run.inputs(features), _vote(run, features)[0], run)
+
+
+def _vote(run: Run, features: Features | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ensemble.vote(run.predict_heads(features), run.config.num_clusters, run.best_head)
+
+
+def _means(x: Tensor, labels: np.ndarray, run: Run) -> np.ndarray:
+    sums = torch.zeros(run.config.num_clusters, x.shape[1], dtype=torch.float64)
+    clusters = torch.from_numpy(labels).split(ensemble.CHUNK)
+    for part, own in zip(x.split(ensemble.CHUNK), clusters, strict=True):
+        sums.index_add_(0, own, part.double())
+    sizes = np.bincount(labels, minlength=len(sums))[:, None]
+    return np.divide(sums.numpy(), sizes, out=np.full(sums.shape, np.nan), where=sizes > 0)
+
+
+def write_assignments(table: pd.DataFrame, folder: str | Path) -> None:
+    """Write ``assignments.csv`` (UTF-8) and ``assignments.parquet``, each whole or not at all.
+
+    Names are written as they are. A spreadsheet may take one that begins with ``=`` for a formula.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From :func:`assignments` or :func:`apply_names`.
+    folder : path
+        Made where it is missing.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be written: what stood there before is as it was.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "assignments.csv") as file:
+        table.to_csv(file, index=False, encoding="utf-8", lineterminator="\n")
+    with whole_file(folder / "assignments.parquet") as file:
+        table.to_parquet(file, index=False)
+
+
+def sort_images(
+    table: pd.DataFrame,
+    images: ImageSet,
+    folder: str | Path,
+    how: str = "copy",
+    names: str | Path | Mapping | None = None,
+) -> None:
+    """Fill a folder with one sub-folder for each cluster; the originals are left as they are.
+
+    A sub-folder is called by the cluster's number and, where it has one, name: ``03-black-cats``.
+    In it the images keep their paths below the folder that they come from, so that two of one name
+    stay apart. Images that are no files, such as the digits, become PNG files named by their ids.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From :func:`assignments` or :func:`temi.apply_names`.
+    images : ImageSet
+        Holds at least the images of the table.
+    folder : path
+        Must not exist, be empty, or be of an earlier call: that is replaced as a whole, with
+        whatever was put or changed in it since.
+    how : {"copy", "hardlink", "symlink"}
+        Hard links take no space, but whoever edits one edits the original; symbolic links lead
+        nowhere once the originals are moved.
+    names : path or mapping, optional
+        A gallery's "Download names"; None: names that the table brings along.
+
+    Raises
+    ------
+    ValueError
+        In one line, before anything is written: a folder that holds something else, that contains
+        the originals or lies among them; an unknown ``how``; malformed names.
+    OSError
+        If an image cannot be read or a file not be written: what stood at ``folder`` before is as
+        it was, and nothing else is left.
+    """
+    if how not in ("copy", "hardlink", "symlink"):
+        raise ValueError(f"how={how!r}: one of 'copy', 'hardlink', 'symlink' is allowed")
+    files = images.images if isinstance(images.images, ImageFiles) else None
+    if files is None and how != "copy":
+        raise ValueError(f"how={how!r}: {images.name!r} holds no files to link to; give 'copy'")
+    if names is not None:
+        table = apply_names(table, names)
+    folder = Path(folder).absolute()
+    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
+    for place in (folder, part, old):
+        _check_replaceable(place, folder)
+    if files is not None:
+        _check_apart(folder, Path(files.root))
+    rows, clusters = images.rows(table["path"]), table["cluster"].tolist()
+    places = _folder_names(clusters, names_in(table))
+    below = [f"{name}.png" for name in images.ids] if files is None else files.names
+    targets = [_below(part / places[c], below[row]) for c, row in zip(clusters, rows, strict=True)]
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        (part / MARKER).touch()
+        work = zip(rows, targets, strict=True)
+        for row, target in tqdm(work, "sorting", len(rows), unit="image", file=sys.stdout, delay=2):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(target):  # where upper and lower case are one
+                raise FileExistsError(errno.EEXIST, "two images of one name", str(target))
+            if files is None:
+                Image.fromarray(images.images[row]).save(target)
+            else:
+                _place(os.path.join(files.root, files.names[row]), target, how, folder.resolve())
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    except OSError as error:
+        reason = f"{error.strerror or error}; nothing of it was left, {folder} is as it was"
+        raise OSError(error.errno, reason, error.filename) from error
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_replaceable(place: Path, folder: Path) -> None:
+    """A ValueError unless nothing is at ``place`` but what an earlier call left there."""
+    is_folder = place.is_dir() and not place.is_symlink()
+    if os.path.lexists(place) and not is_folder:
+        raise ValueError(f"folder={str(folder)!r}: {place} is no folder; give another one")
+    if is_folder and not (place / MARKER).exists() and any(place.iterdir()):
+        raise ValueError(
+            f"folder={str(folder)!r}: {place} holds files that sort_images did not write; "
+            "give a new or empty one"
+        )
+
+
+def _check_apart(folder: Path, root: Path) -> None:
+    """A ValueError if one contains the other: copies would be clustered, or originals replaced."""
+    target, source = folder.resolve(), root.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise ValueError(
+            f"folder={str(folder)!r}: one outside of the images' own folder {str(root)!r}, "
+            "which does not contain that either, is allowed"
+        )
+
+
+def _folder_names(clusters: list[int], names: dict[int, str]) -> dict[int, str]:
+    """``03`` or ``03-black-cats``: numbers of equal width, and names without what paths forbid."""
+    width = len(str(max(clusters, default=0)))
+    found = {}
+    for cluster in set(clusters):
+        safe = re.sub(r"[^\w]+", "-", names.get(cluster, "")).strip("-")[:50]
+        found[cluster] = f"{cluster:0{width}d}-{safe}".rstrip("-")
+    return found
+
+
+def _below(folder: Path, name: str) -> Path:
+    """The path of ``name`` in ``folder``; a ValueError if it leads out of it."""
+    path = Path(os.path.normpath(folder / name))
+    if not path.is_relative_to(folder) or path == folder:
+        raise ValueError(f"images: {name!r} leads out of the folder")
+    return path
+
+
+def _place(source: str, target: Path, how: str, replaced: Path) -> None:
+    original = os.path.realpath(source)
+    if not os.path.isfile(original):
+        raise FileNotFoundError(errno.ENOENT, "no such image file any more", source)
+    if Path(original).is_relative_to(replaced):  # through a link among the originals
+        raise OSError(errno.EINVAL, "lies in the folder that is to be replaced", source)
+    if how == "copy":
+        shutil.copy2(original, target)
+    elif how == "symlink":
+        target.symlink_to(original)
+    else:
+        try:
+            os.link(original, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            reason = "no hard links between file systems, give how='copy' or 'symlink'"
+            raise OSError(error.errno, reason, source) from error
