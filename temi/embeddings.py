@@ -155,11 +155,52 @@ def embed(
     if len(names) > 1 and weights is not None:
         raise ValueError(f"weights={str(weights)!r}: None is allowed with several backbones")
     parts = []
+    asked = {"image_size": image_size, "weights_file": None if weights is None else str(weights)}
+    asked = {key: value for key, value in asked.items() if value is not None}
     for name in names:
         extractor = load_backbone(name, weights=weights, image_size=image_size)
-        folder = home() / data_dir / "embeddings" / path_part(images.name) / path_part(name)
-        parts.append(_embed(images, extractor, folder, config, force_recompute))
+        folder = _folder(data_dir, images.name, name)
+        part = _embed(images, extractor, folder, config, force_recompute)
+        parts.append(replace(part, manifest=part.manifest | asked))
     return parts[0] if len(parts) == 1 else _join(parts, backbone)
+
+
+def load_cached(manifest: dict, data_dir: str | Path = "data") -> Features:
+    """Embeddings that :func:`embed` left in the cache, by their manifest, without the images.
+
+    Parameters
+    ----------
+    manifest : dict
+        :attr:`Features.manifest` of what :func:`embed` returned.
+    data_dir : path
+        As it was given to :func:`embed`.
+
+    Returns
+    -------
+    Features
+        Without labels.
+
+    Raises
+    ------
+    ValueError
+        If they are not there, or are others by now.
+    """
+    if "spaces" in manifest:
+        return _join([load_cached(part, data_dir) for part in manifest["spaces"]],
+                     manifest["backbone"])  # fmt: skip
+    folder = _folder(data_dir, manifest["dataset"], manifest["backbone"])
+    if not (folder / ARRAY).exists() or sha256(folder / ARRAY) != manifest["sha256"]:
+        raise ValueError(
+            f"data_dir={str(data_dir)!r}: the embeddings of {manifest['dataset']!r} are not in "
+            f"{folder}, or are others by now"
+        )
+    ids = tuple(json.loads((folder / IDS).read_text()))
+    return Features(np.load(folder / ARRAY, mmap_mode="c"), ids, manifest)
+
+
+def _folder(data_dir: str | Path, dataset: str, backbone: str) -> Path:
+    """Where the embeddings of a data set by one backbone are cached."""
+    return home() / data_dir / "embeddings" / path_part(dataset) / path_part(backbone)
 
 
 def _embed(
@@ -244,6 +285,7 @@ def _join(parts: list[Features], backbone: str) -> Features:
     """Several feature spaces side by side, each scaled to length 1, the whole too."""
     joined = np.hstack([normalize(part.x, "l2") for part in parts]) / len(parts) ** 0.5
     manifest = {"dataset": parts[0].dataset, "backbone": backbone}
+    manifest["unreadable"] = parts[0].manifest["unreadable"]
     manifest["spaces"] = [part.manifest for part in parts]
     return replace(parts[0], x=joined.astype(parts[0].x.dtype), manifest=manifest)
 

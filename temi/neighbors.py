@@ -1,8 +1,11 @@
-"""Exact nearest neighbours by cosine similarity."""
+"""Exact nearest neighbours by cosine similarity, and what is so near that it is the same."""
 
 import math
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,3 +70,45 @@ def nearest_neighbors(x: Tensor, k: int, chunk_size: int | None = None) -> tuple
         similarities[rows], chosen = similarity.gather(1, columns).topk(k)
         indices[rows] = columns.gather(1, chosen)
     return indices, similarities
+
+
+def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:
+    """Cosine similarities [M, k] of queries [M, D] to their nearest rows of ``x`` [N, D].
+
+    The largest first; computed for some queries at a time, as in :func:`nearest_neighbors`.
+    """
+    x, queries = F.normalize(x, dim=1), F.normalize(queries, dim=1)
+    chunks = queries.split(max(1, LARGEST // len(x)))
+    return torch.cat([(chunk @ x.T).topk(k).values for chunk in chunks])
+
+
+def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np.ndarray]:
+    """Groups of images that are nearly the same: copies, frames of a burst, the same shot resaved.
+
+    Two images are joined where their cosine similarity is at least ``similarity`` and one is among
+    the ``k`` nearest of the other; a group is all that hang together.
+
+    Parameters
+    ----------
+    x : Tensor [N, D]
+        Embeddings, best as the heads are given them (:meth:`temi.Run.inputs`): centred, two images
+        of one object seldom come near 1.
+    similarity : float
+        How much is nearly the same depends on the backbone: look at what is found.
+    k : int
+        Cut to N - 1.
+
+    Returns
+    -------
+    list of ndarray
+        Rows of each group of two or more, the largest first.
+    """
+    count = len(x)
+    near, values = nearest_neighbors(x, min(k, count - 1))
+    rows, places = (values >= similarity).nonzero(as_tuple=True)
+    columns = near[rows, places]
+    links = coo_array((np.ones(len(rows)), (rows.numpy(), columns.numpy())), shape=(count, count))
+    group = connected_components(links, directed=False)[1]
+    members = np.argsort(group, kind="stable")
+    groups = np.split(members, np.flatnonzero(np.diff(group[members])) + 1)
+    return sorted((rows for rows in groups if len(rows) > 1), key=len, reverse=True)

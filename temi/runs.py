@@ -1,6 +1,7 @@
 """A run: what it predicts, and how it is read back and held against others."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class Run:
     Attributes
     ----------
     config : TrainConfig
+    manifest : dict
+        Where the embeddings trained on come from; see :class:`temi.Features`.
     teacher : MultiHead
         What is asked for clusters.
     mean : ndarray [D]
@@ -50,6 +53,7 @@ class Run:
     """
 
     config: TrainConfig
+    manifest: dict
     teacher: MultiHead
     mean: np.ndarray
     axes: np.ndarray | None
@@ -66,6 +70,7 @@ class Run:
     def from_heads(
         cls,
         config: TrainConfig,
+        manifest: dict,
         teacher: MultiHead,
         mean: np.ndarray,
         axes: np.ndarray | None,
@@ -85,6 +90,7 @@ class Run:
         seconds = seconds | {"training": sum(entry["seconds"] for entry in history)}
         return cls(
             config,
+            manifest,
             teacher,
             mean,
             axes,
@@ -104,27 +110,37 @@ class Run:
 
     def predict_heads(self, features: Features | np.ndarray) -> np.ndarray:
         """Cluster of each row of embeddings [N, D] under each head [H, N], in common numbers."""
-        labels = ensemble.head_labels(self.teacher, self._inputs(features))
+        labels = ensemble.head_labels(self.teacher, self.inputs(features))
         return ensemble.relabel(labels, self.alignment)
 
-    def predict(self, features: Features | np.ndarray) -> np.ndarray:
-        """Cluster of each row of embeddings, by majority vote of the heads.
+    def predict(
+        self, features: Features | np.ndarray | str | Path, **options
+    ) -> "np.ndarray | pd.DataFrame":
+        """Cluster of each row of embeddings, or of each image of a folder, by majority vote.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D]
-            From the same backbone as those trained on, not normalised.
+        features : Features or ndarray [N, D], or path
+            From the same backbone as those trained on, not normalised. Or a folder of images (or
+            the name of a data set), which is embedded as the run's own images were.
+        **options
+            With a path: of :func:`temi.predict_images`.
 
         Returns
         -------
-        ndarray [N], int64
+        ndarray [N], int64, or DataFrame
+            The latter with a path; its columns are those of :func:`temi.predict_images`.
         """
+        if isinstance(features, (str, Path)):
+            from temi.prediction import predict_images  # which builds on this module
+
+            return predict_images(self, features, **options)
         heads = self.predict_heads(features)
         return ensemble.vote(heads, self.config.num_clusters, self.best_head)[0]
 
     def predict_proba(self, features: Features | np.ndarray) -> np.ndarray:
         """Mean over heads of the aligned teacher probabilities [N, K], in the teacher's dtype."""
-        return torch.cat(list(self._mean_probs(features, None))).numpy()
+        return torch.cat(list(self.mean_probs(features))).numpy()
 
     def soft_consensus(
         self, features: Features | np.ndarray, weights: np.ndarray | None = None
@@ -144,15 +160,19 @@ class Run:
         confidence : ndarray [N], float32
             Mean probability of that cluster.
         """
-        chunks = [probs.max(dim=-1) for probs in self._mean_probs(features, weights)]
+        chunks = [probs.max(dim=-1) for probs in self.mean_probs(features, weights)]
         labels = torch.cat([chunk.indices for chunk in chunks]).numpy()
         return labels, torch.cat([chunk.values for chunk in chunks]).numpy()
 
-    def _mean_probs(self, features: Features | np.ndarray, weights: np.ndarray | None):
-        x, temperature = self._inputs(features), self.config.teacher_temp
+    def mean_probs(
+        self, features: Features | np.ndarray, weights: np.ndarray | None = None
+    ) -> Iterator[Tensor]:
+        """What :meth:`predict_proba` gives, some images at a time; ``weights`` of the heads."""
+        x, temperature = self.inputs(features), self.config.teacher_temp
         return ensemble.mean_probs(self.teacher, x, self.alignment, temperature, weights)
 
-    def _inputs(self, features: Features | np.ndarray) -> Tensor:
+    def inputs(self, features: Features | np.ndarray) -> Tensor:
+        """Rows of embeddings [N, D] as the heads see them: normalised, projected [N, D or P]."""
         dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
         how, mean, axes = self.config.normalize, self.mean, self.axes
         return torch.from_numpy(normalize(as_array(features), how, mean, axes, dtype=dtype))
@@ -196,8 +216,8 @@ def load_run(path: str | Path) -> Run:
     axes = None if content["axes"] is None else content["axes"].numpy()
     labels = content["labels"].numpy()
     return Run.from_heads(
-        config, teacher.requires_grad_(False), content["mean"].numpy(), axes, labels,
-        content["history"], content["retries"], {},
+        config, content["manifest"], teacher.requires_grad_(False), content["mean"].numpy(), axes,
+        labels, content["history"], content["retries"], {},
     )  # fmt: skip
 
 

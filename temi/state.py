@@ -88,6 +88,7 @@ class Training:
         mean, axes = self.identity["mean"].numpy(), self.identity["axes"]
         return Run.from_heads(
             self.config,
+            self.identity["manifest"],
             self.state.teacher,
             mean,
             None if axes is None else axes.numpy(),

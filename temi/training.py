@@ -113,7 +113,7 @@ def train(
     neighbors, _ = nearest_neighbors(x, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
-    identity = {"config": settings, "fingerprint": fingerprint}
+    identity = {"config": settings, "fingerprint": fingerprint, "manifest": features.manifest}
     identity |= {"mean": torch.from_numpy(mean), "axes": axes}
     training = Training(x, neighbors, config, identity, options.log_every)
     if resumed:

@@ -1,0 +1,47 @@
+"""All images on a plane, similar ones close together."""
+
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from sklearn.neighbors import NearestNeighbors
+
+
+def map_points(x: np.ndarray, *, max_images: int = 10_000, seed: int = 0) -> np.ndarray:
+    """Places of images on a plane, by t-SNE.
+
+    Distances within a crowd of points mean something; those between far crowds, and the sizes of
+    crowds, do not.
+
+    Parameters
+    ----------
+    x : ndarray [N, D]
+        Embeddings, prepared as they were for clustering (:meth:`temi.Run.inputs`).
+    max_images : int
+        Of more images, so many drawn at random are laid out, which takes about half a minute on
+        2 CPU cores; each of the others goes to the middle of its 3 most similar ones among them.
+    seed : int
+        Of the drawing and of t-SNE.
+
+    Returns
+    -------
+    ndarray [N, 2], float32
+        The first axis has deviation 1.
+
+    References
+    ----------
+    van der Maaten and Hinton, Visualizing Data using t-SNE, 2008,
+    https://jmlr.org/papers/v9/vandermaaten08a.html
+    """
+    drawn = np.random.default_rng(seed).permutation(len(x))[:max_images]
+    drawn.sort()
+    few = x[drawn]
+    if min(few.shape) > 50:  # what its authors do first: faster, and less noise
+        few = PCA(50, random_state=seed).fit_transform(few)
+    perplexity = min(30, (len(few) - 1) / 3)
+    layout = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(few)
+    points = layout
+    if len(drawn) < len(x):
+        near = NearestNeighbors(n_neighbors=3).fit(x[drawn])
+        points = layout[near.kneighbors(x, return_distance=False)].mean(axis=1)
+        points[drawn] = layout
+    return ((points - points.mean(axis=0)) / points[:, 0].std()).astype(np.float32)

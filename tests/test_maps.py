@@ -1,0 +1,34 @@
+"""Places on a plane: similar images are close, and many images cost no more than the drawn ones."""
+
+import numpy as np
+from sklearn.neighbors import KNeighborsClassifier
+
+import temi
+
+
+def three_crowds(per_crowd):
+    random = np.random.default_rng(0)
+    crowds = np.repeat(np.arange(3), per_crowd)
+    x = random.normal(size=(3, 60))[crowds] + 0.3 * random.normal(size=(3 * per_crowd, 60))
+    return x.astype(np.float32), crowds
+
+
+def test_crowds_stay_together_drawn_or_not():
+    x, crowds = three_crowds(60)
+    for max_images in (10_000, 90):
+        points = temi.map_points(x, max_images=max_images)
+        assert points.shape == (180, 2)
+        assert points.dtype == np.float32
+        assert np.isfinite(points).all()
+        np.testing.assert_allclose(points.mean(axis=0), 0, atol=1e-5)
+        neighbors = KNeighborsClassifier(5).fit(points, crowds)
+        assert neighbors.score(points, crowds) > 0.98
+
+
+def test_the_same_seed_gives_the_same_map():
+    x, _ = three_crowds(20)
+    np.testing.assert_array_equal(temi.map_points(x, seed=3), temi.map_points(x, seed=3))
+
+
+def test_a_handful_of_images_has_a_map():
+    assert temi.map_points(np.eye(5, dtype=np.float32)).shape == (5, 2)

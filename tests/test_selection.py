@@ -1,0 +1,50 @@
+"""How many clusters the images suggest."""
+
+import numpy as np
+import pytest
+
+import temi
+
+
+def crowds(count, per_crowd=60, dim=20, seed=0):
+    """So many well separated crowds."""
+    random = np.random.default_rng(seed)
+    centers = random.normal(size=(count, dim))
+    x = np.repeat(centers, per_crowd, axis=0) + 0.1 * random.normal(size=(count * per_crowd, dim))
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [3, 8, 15])
+def test_separate_crowds_are_counted(count):
+    found = temi.suggest_num_clusters(crowds(count), progress=False)
+    assert found.num_clusters == count
+    row = found.curve.set_index("num_clusters").loc[count]
+    assert row["stability"] > 0.99
+    assert row["silhouette"] > 0.8
+
+
+def test_the_same_seed_gives_the_same_curve():
+    x = crowds(5)
+    first, second = (temi.suggest_num_clusters(x, seed=1, progress=False) for _ in range(2))
+    assert first.curve.equals(second.curve)
+
+
+def test_only_the_candidates_are_tried():
+    found = temi.suggest_num_clusters(crowds(5), [4, 6], progress=False)
+    assert found.curve["num_clusters"].tolist() == [4, 6]
+    assert found.num_clusters in (4, 6)
+
+
+def test_noise_has_no_stable_number():
+    x = np.random.default_rng(0).normal(size=(600, 30)).astype(np.float32)
+    curve = temi.suggest_num_clusters(x, progress=False).curve
+    assert curve["stability"].max() < 0.5
+    assert curve["silhouette"].max() < 0.1
+
+
+def test_what_does_not_fit_is_refused():
+    x = crowds(3)
+    with pytest.raises(ValueError, match="candidates: 1; 2 to 90"):
+        temi.suggest_num_clusters(x, [1, 2])
+    with pytest.raises(ValueError, match="12 images are too few to choose by; give num_clusters"):
+        temi.suggest_num_clusters(x[:12])
