@@ -49,6 +49,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 ``fast`` is the default."""
 
 
+Device = Annotated[
+    str, Field(description="'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:N', 'mps'")
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    Field(description="of matrix products; 'auto': bf16 on a GPU that has it, else fp32"),
+]
+
+
 def _number(kind, description, sensible, **limits):
     return Annotated[kind, Field(description=f"{description}; sensible: {sensible}", **limits)]
 
@@ -71,7 +80,7 @@ class TrainConfig:
 
     num_clusters: _number(
         int | None,
-        "clusters K; None: the number of classes where the data set has classes",
+        "clusters K; None: the number of classes, where the data set has classes",
         "2 to some thousand",
         ge=2,
     ) = None
@@ -116,12 +125,20 @@ class TrainConfig:
         gt=0,
         le=100,
     ) = None
-    epochs: _number(int, "passes over the images; None: see resolve", "4 to 200", ge=1) = None
-    batch_size: (
-        _number(int, "anchors in a step; 'auto': see resolve", "64 to 1024", ge=1) | Literal["auto"]
+    epochs: _number(
+        int, "passes over the images; None: 4 to 20, the more the fewer images", "4 to 200", ge=1
     ) = None
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"],
+        Field(
+            description="anchors in a step; 'auto': as many as memory allows; sensible: 64 to 1024"
+        ),
+    ] = None
     num_neighbors: _number(
-        int, "nearest neighbours that groups are drawn from; None: see resolve", "5 to 50", ge=1
+        int,
+        "nearest neighbours that groups are drawn from; None: the root of a cluster's images",
+        "5 to 50",
+        ge=1,
     ) = None
     group_size: _number(
         int,
@@ -154,13 +171,8 @@ class TrainConfig:
     seed: Annotated[
         int, Field(description="of initial weights, order and pairs", ge=0, lt=2**63)
     ] = 0
-    device: Annotated[
-        str, Field(description="'auto' (cuda, else mps, else cpu), 'cpu', 'cuda', 'cuda:N', 'mps'")
-    ] = "auto"
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16"],
-        Field(description="of matrix products; 'auto': bf16 on a GPU that has it, else fp32"),
-    ] = "auto"
+    device: Device = "auto"
+    precision: Precision = "auto"
 
     def __post_init__(self):
         check_types(self, "recipe")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from temi.backbones import Backbone, stack
 from temi.checks import check_types
+from temi.config import Device, Precision
 from temi.data import ImageSet, UnreadableImageError
 from temi.devices import (
     check_precision,
@@ -49,12 +50,21 @@ class ExtractionConfig:
         One line that names the setting, its value and what is allowed.
     """
 
-    dtype: Literal["float16", "float32"] = "float16"
-    batch_size: Annotated[int | None, Field(ge=1)] = None
-    num_workers: Annotated[int | None, Field(ge=0)] = None
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    on_error: Literal["skip", "stop"] = "skip"
+    dtype: Annotated[
+        Literal["float16", "float32"], Field(description="of the embeddings on disk")
+    ] = "float16"
+    batch_size: Annotated[
+        int | None, Field(description="images embedded together; None: what is fast here", ge=1)
+    ] = None
+    num_workers: Annotated[
+        int | None, Field(description="processes that decode; None: as many as help", ge=0)
+    ] = None
+    device: Device = "auto"
+    precision: Precision = "auto"
+    on_error: Annotated[
+        Literal["skip", "stop"],
+        Field(description="leave images out that cannot be read, and list them, or stop"),
+    ] = "skip"
     progress: bool = True
 
     def __post_init__(self):

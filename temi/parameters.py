@@ -14,14 +14,18 @@ from temi.data import ImageSet, check_dataset, holds_embeddings, load_images
 from temi.embeddings import Features, embed, load_features
 
 
+def _setting(kind, description, **limits):
+    return Annotated[kind, Field(description=description, **limits)]
+
+
 @dataclass(frozen=True)
 class JobConfig(RunOptions):
     """Where a job's images come from, where its files go, and how its run is kept.
 
-    ``dataset``: what :func:`temi.load_images` or :func:`temi.load_features` takes; ``split``,
-    ``labels``: see the former; ``backbone``, ``weights``, ``image_size``: see
-    :func:`temi.load_backbone`; ``data_dir``, ``force_recompute``: see :func:`temi.embed`;
-    ``run_dir``: see :func:`temi.train`; the rest: see :class:`temi.RunOptions`.
+    What each setting means in detail is said at :func:`temi.load_images` and
+    :func:`temi.load_features` (``dataset``, ``split``, ``labels``), :func:`temi.load_backbone`
+    (``backbone``, ``weights``, ``image_size``), :func:`temi.embed`, :func:`temi.train` and
+    :class:`temi.RunOptions`.
 
     Raises
     ------
@@ -29,15 +33,23 @@ class JobConfig(RunOptions):
         One line that names the parameter, its value and what is allowed.
     """
 
-    dataset: str = "digits"
-    backbone: str = "pixels"
-    split: str | None = None
-    labels: Literal["folders"] | None = None
-    image_size: Annotated[int | None, Field(ge=1)] = None
-    weights: str | None = None
-    data_dir: str = "data"
-    run_dir: str | None = None
-    force_recompute: bool = False
+    dataset: _setting(str, "data set, folder of images, or .npy/.npz file of embeddings") = "digits"
+    backbone: _setting(str, "feature extractor, or several joined by '+'") = "pixels"
+    split: _setting(
+        str | None, "'train', 'test' or 'both', where the data set has them; None: train"
+    ) = None
+    labels: _setting(
+        Literal["folders"] | None, "'folders': a folder's sub-folders are classes, to score with"
+    ) = None
+    image_size: _setting(
+        int | None, "side in pixels that the backbone sees; None: the backbone's own", ge=1
+    ) = None
+    weights: _setting(
+        str | None, "file of the backbone's weights; None: downloaded, or installed with it"
+    ) = None
+    data_dir: _setting(str, "where downloads and embeddings are kept") = "data"
+    run_dir: _setting(str | None, "where the run is kept; None: named after the settings") = None
+    force_recompute: _setting(bool, "embed even where the cache holds the embeddings") = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,0 +1,267 @@
+"""The command line, ``python -m temi``; its options are the fields of the settings' classes."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliPositionalArg,
+    CliSubCommand,
+    SettingsConfigDict,
+    get_subcommand,
+)
+
+from temi.config import RECIPES, TrainConfig
+from temi.extraction import ExtractionConfig
+from temi.parameters import JobConfig
+
+SOURCE = ("split", "backbone", "image_size", "weights", "data_dir", "force_recompute")
+
+
+def options(cls: type, *names: str, without: tuple[str, ...] = (), **defaults) -> dict[str, Any]:
+    """Fields of a settings class as those of a model.
+
+    Limits are left to the class itself, whose messages have one line. ``names`` are the fields
+    that are taken, all when none is named; ``defaults`` replace those of the class.
+    """
+    found = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if (names and name not in names) or name in without:
+            continue
+        kind, text = hint, None
+        if get_origin(hint) is Annotated:
+            kind, info = get_args(hint)
+            text = info.description
+        if name in RECIPES["fast"] and cls is TrainConfig:
+            kind, text = kind | None, f"{text}; None: {RECIPES['fast'][name]} with the recipe fast"
+        default = defaults.get(name, getattr(cls, name))
+        found[name] = (kind, Field(default, description=text))
+    return found
+
+
+def field(cls: type, name: str) -> Any:
+    """One field of a settings class."""
+    return options(cls, name)[name][1]
+
+
+Source = create_model("Source", **options(JobConfig, *SOURCE))
+Training = create_model(
+    "Training",
+    **options(TrainConfig),
+    **options(JobConfig, without=("dataset", "run_dir", *SOURCE)),
+)
+Summary = create_model(
+    "Summary", json_summary=(bool, Field(False, description="print a summary in JSON, no more"))
+)
+
+
+class Cluster(Summary, Training, create_model("Photos", **options(
+    JobConfig, *SOURCE, backbone="efficientnet_lite0"
+))):  # fmt: skip
+    """Group the images of a folder: embed, train, and write a table, a gallery and the run."""
+
+    folder: CliPositionalArg[str] = Field(description="folder of images, or name of a data set")
+    out: str = Field("clusters", description="folder for all that is written")
+    sort: Literal["copy", "hardlink", "symlink"] | None = Field(
+        None, description="also a folder for each cluster, with copies of the images or links"
+    )
+    map: bool = Field(True, description="a map of all images in the gallery (t-SNE)")
+
+    def work(self) -> dict:
+        import temi
+
+        out = Path(self.out).expanduser().absolute()
+        job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
+        config = _settings(self, TrainConfig)
+        images = job.load()
+        if not isinstance(images, temi.ImageSet):
+            raise ValueError(
+                f"folder={self.folder!r}: holds embeddings; 'python -m temi train' takes those"
+            )
+        features = None
+        if config.num_clusters is None:  # the number of classes is nothing that images know
+            features = job.embed(images, config)
+            suggested = temi.suggest_num_clusters(features, seed=config.seed)
+            print(f"num_clusters={suggested.num_clusters} is suggested by the images themselves")
+            config = dataclasses.replace(config, num_clusters=suggested.num_clusters)
+        config, run_dir = temi.plan_run(job, config, images)
+        features = features or job.embed(images, config)
+        run = temi.train(features, config, images=images, run_dir=run_dir, **job.options)
+        shown = images.keep(features.ids)
+        table = temi.assignments(run, features)
+        temi.write_assignments(table, out)
+        points = temi.map_points(run.inputs(features).numpy()) if self.map else None
+        temi.write_gallery(
+            out / "gallery.html", table, shown, title=Path(self.folder).name, points=points
+        )
+        if self.sort:
+            temi.sort_images(table, shown, out / "sorted", how=self.sort)
+        sizes = np.bincount(run.labels, minlength=config.num_clusters)
+        return {
+            "images": len(features),
+            "unreadable": len(images) - len(features),
+            "clusters": config.num_clusters,
+            "sizes": sizes.tolist(),
+            "mean_agreement": round(float(run.agreement.mean()), 4),
+            "files": sorted(str(path) for path in out.iterdir()),
+        }
+
+
+class Predict(Summary):
+    """Sort new images into the clusters of a run."""
+
+    run: CliPositionalArg[str] = Field(description="run directory, or a folder that cluster made")
+    folder: CliPositionalArg[str] = Field(description="folder of new images, or a data set")
+    out: str = Field("predicted", description="folder for the tables")
+    split: str | None = field(JobConfig, "split")
+    weights: str | None = Field(None, description="the backbone's weights; None: where they were")
+    data_dir: str = field(JobConfig, "data_dir")
+    device: str = field(TrainConfig, "device")
+
+    def work(self) -> dict:
+        import temi
+        from temi.files import readable_path
+
+        run = Path(self.run) / "run" if readable_path(Path(self.run) / "run").is_dir() else self.run
+        out = Path(self.out).expanduser().absolute()
+        table = temi.load_run(run).predict(
+            self.folder, split=self.split, weights=self.weights, data_dir=self.data_dir,
+            device=self.device,
+        )  # fmt: skip
+        temi.write_assignments(table, out)
+        outliers = table["outlier"].sum() if table["outlier"].notna().all() else None
+        return {
+            "images": len(table),
+            "sizes": table["cluster"].value_counts().sort_index().to_dict(),
+            "outliers": None if outliers is None else int(outliers),
+            "files": sorted(str(path) for path in out.iterdir()),
+        }
+
+
+class Train(Summary, Training, Source):
+    """Train on a data set, a folder or a file of embeddings, and keep the run."""
+
+    dataset: CliPositionalArg[str] = Field(description=field(JobConfig, "dataset").description)
+    run_dir: str | None = field(JobConfig, "run_dir")
+
+    def work(self) -> dict:
+        import temi
+
+        job, config = _settings(self, JobConfig), _settings(self, TrainConfig)
+        data = job.load()
+        config, run_dir = temi.plan_run(job, config, data)
+        images = data if isinstance(data, temi.ImageSet) else None
+        features = job.embed(data, config)
+        temi.train(features, config, images=images, run_dir=run_dir, **job.options)
+        results = json.loads((run_dir / "final_results.json").read_text())
+        return {
+            "metrics": results["metrics"],
+            "kmeans": results["kmeans"],
+            "cluster_statistics": results["cluster_statistics"],
+            "files": sorted(str(path) for path in run_dir.iterdir()),
+        }
+
+
+class Embed(Summary, create_model("Extraction", **options(
+    ExtractionConfig, without=("progress",)
+)), Source):  # fmt: skip
+    """Embed a data set or a folder with a backbone, into the cache."""
+
+    dataset: CliPositionalArg[str] = Field(description="data set, or folder of images")
+
+    def work(self) -> dict:
+        import temi
+
+        images = temi.load_images(self.dataset, split=self.split, data_dir=self.data_dir)
+        given = self.model_dump(exclude={"dataset", "split", "json_summary"})
+        features = temi.embed(images, given.pop("backbone"), **given)
+        manifest = features.manifest
+        return {
+            "images": len(features),
+            "unreadable": len(images) - len(features),
+            "shape": list(features.x.shape),
+            "dtype": str(features.x.dtype),
+            "backbone": manifest["backbone"],
+            "data_dir": self.data_dir,
+        }
+
+
+class App(BaseSettings):
+    """Group images without labels. Each command has its own --help."""
+
+    model_config = SettingsConfigDict(
+        cli_prog_name="python -m temi",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        cli_enforce_required=True,
+    )
+    cluster: CliSubCommand[Cluster]
+    predict: CliSubCommand[Predict]
+    train: CliSubCommand[Train]
+    embed: CliSubCommand[Embed]
+
+
+def _settings(given: BaseModel, cls: type, **more):
+    """A settings class with those of its fields that were given."""
+    names = {field.name for field in dataclasses.fields(cls)} & set(type(given).model_fields)
+    return cls(**{name: getattr(given, name) for name in names} | more)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        None: those of the process.
+
+    Returns
+    -------
+    int
+        0; 1 after an error in the work, which is said in one line; 2 where a setting is not
+        allowed; 130 after Ctrl-C, when what was computed is kept.
+    """
+    try:
+        command = get_subcommand(CliApp.run(App, cli_args=arguments or sys.argv[1:]))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][1]).replace("_", "-")
+        print(f"error: --{option} {first['input']!r}: {first['msg']}", file=sys.stderr)
+        return 2
+    shown = sys.stderr if command.json_summary else sys.stdout
+    try:
+        with contextlib.redirect_stdout(shown):
+            summary = command.work()
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume auto goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))
+    return 0
+
+
+def _in_words(summary: dict) -> str:
+    """A summary for people: a line for each number, then the files."""
+    lines = []
+    for name, value in summary.items():
+        if name == "files":
+            lines += ["files:", *(f"  {path}" for path in value)]
+        elif isinstance(value, dict):
+            lines += [f"{name}: " + ", ".join(f"{k} {v}" for k, v in value.items())]
+        else:
+            lines += [f"{name}: {value}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

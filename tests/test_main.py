@@ -1,0 +1,108 @@
+"""The command line, as a newcomer uses it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import temi
+from temi.__main__ import main
+from temi.config import TrainConfig
+
+DIGITS = temi.load_images("digits")
+QUICK = ["--num-heads", "2", "--epochs", "2", "--backbone", "pixels"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work") / "my photos"
+    folder.mkdir()
+    for row, image in enumerate(DIGITS.images[:200]):
+        Image.fromarray(image).save(folder / f"{row:04d}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """Everything is written below a folder of the test's own."""
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_help_names_every_setting_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["cluster", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in text
+    assert "exponent of the pair term" in text
+    assert "None: 0.6 with the recipe fast" in text
+
+
+def test_cluster_then_predict(photos, tmp_path, capsys):
+    arguments = ["cluster", str(photos), "--num-clusters", "10", "--out", "out", *QUICK]
+    assert main([*arguments, "--sort", "copy"]) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "out"
+    for name in ("assignments.csv", "assignments.parquet", "gallery.html", "sorted", "run"):
+        assert (out / name).exists()
+        assert str(out / name) in printed
+    table = pd.read_csv(out / "assignments.csv")
+    run = temi.load_run(out / "run")
+    np.testing.assert_array_equal(table["cluster"], run.labels)
+    assert len(list((out / "sorted").rglob("*.png"))) == 200
+
+    assert main(["predict", "out", str(photos), "--out", "later", "--json-summary"]) == 0
+    summary = json.loads(capsys.readouterr().out)  # nothing else on standard output
+    assert summary["images"] == 200
+    assert sum(summary["sizes"].values()) == 200
+    again = pd.read_csv(tmp_path / "later" / "assignments.csv")
+    np.testing.assert_array_equal(again["cluster"], table["cluster"])
+
+
+def test_train_and_embed(photos, capsys):
+    assert main(["embed", str(photos), "--backbone", "pixels", "--json-summary"]) == 0
+    assert json.loads(capsys.readouterr().out)["shape"] == [200, 64]
+    arguments = ["train", "digits", "--run-dir", "run", "--json-summary", *QUICK]
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert 0 < summary["metrics"]["acc"] < 1
+    assert temi.load_run("run").config.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--num-clusters", "1"], 1, "num_clusters=1: a whole number or None from 2"),
+        (["--num-clusters", "many"], 2, "--num-clusters 'many'"),
+        (["--num-clusters", "500"], 1, "num_clusters=500: at most 200"),
+        (["--backbone", "nothing"], 1, "backbone='nothing'"),
+    ],
+)
+def test_what_is_not_allowed_is_said_in_one_line(photos, arguments, status, message, capsys):
+    assert main(["cluster", str(photos), "--out", "out", *QUICK, *arguments]) == status
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_misspelt_option_and_a_missing_folder(photos, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["cluster", str(photos), "--num-cluster-s", "3"])
+    assert stop.value.code == 2
+    assert main(["cluster", str(photos / "none"), "--num-clusters", "3"]) == 1
+    assert "an existing folder of images" in capsys.readouterr().err
+
+
+def test_as_a_process(photos, tmp_path):
+    command = [sys.executable, "-m", "temi", "embed", str(photos), "--backbone", "pixels"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "shape: [200, 64]" in done.stdout
+    assert not done.stderr
