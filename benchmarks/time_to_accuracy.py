@@ -17,7 +17,7 @@ last epoch of ``plain`` and stays there.
 embeds a folder of images, one sub-folder a class, with EfficientNet-Lite0 at 112 pixels (the cache
 keeps that for the next time); ``--features FILE.npz`` takes embeddings that are there: ``X`` [N, D]
 and the classes ``y`` [N]. Classes score and do nothing else. Writes
-results/benchmarks/time_to_accuracy_NAME.json and results/figures/time_to_accuracy_NAME.png;
+results/benchmarks/time_to_accuracy_NAME.json;
 ``--baseline`` takes ``plain``, ``paper`` and k-means from such a JSON of the same machine.
 """
 
@@ -28,7 +28,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import sklearn
 import torch
@@ -36,14 +35,13 @@ from plain_temi import build
 from sklearn.neighbors import NearestNeighbors
 
 import temi
-from temi import ensemble, plots
+from temi import ensemble
 from temi.baselines import kmeans
 from temi.embeddings import Features
+from temi.files import write_json
 from temi.metrics import evaluate
 
 RESULTS = Path(__file__).parents[1] / "results"
-LABELS = {"plain": "paper's recipe, plain code", "paper": "paper's recipe, our code",
-          "fast": "fast"}  # fmt: skip
 
 
 def entry(epoch: int, seconds: float, head: np.ndarray, vote: np.ndarray, y: np.ndarray) -> dict:
@@ -51,7 +49,7 @@ def entry(epoch: int, seconds: float, head: np.ndarray, vote: np.ndarray, y: np.
     scores = {"head": evaluate(head, y), "vote": evaluate(vote, y)}
     kept = {f"{reading}_{name}": round(scores[reading][name], 4)
             for reading in scores for name in ("acc", "nmi")}  # fmt: skip
-    return {"epoch": epoch, "seconds": round(seconds, 2), **kept}
+    return {"epoch": epoch, "seconds": round(float(seconds), 2), **kept}
 
 
 def run_plain(x: np.ndarray, y: np.ndarray, config: temi.TrainConfig) -> list[dict]:
@@ -80,6 +78,7 @@ def run_ours(x: np.ndarray, y: np.ndarray, config: temi.TrainConfig, every: int)
 
     The same seed gives the same training; only the second is slowed down by its checkpoints.
     """
+    config = config.resolve(len(x))  # the number of epochs is needed below
     clock = time.perf_counter()
     run = temi.train(x, config, progress=False)
     whole = time.perf_counter() - clock
@@ -139,26 +138,6 @@ def summary(results: dict) -> dict:
     }  # fmt: skip
 
 
-def draw(results: dict, file: Path) -> None:
-    """Accuracy against time, on a logarithmic axis."""
-    plots.use_style()
-    figure, axes = plt.subplots(figsize=(7, 4))
-    colors = plots.COLORS
-    lines = [("plain", results["plain"], "head_acc", colors["best_head"])]
-    lines += [("paper", run["trace"], "vote_acc", colors["mean_head"]) for run in results["paper"]]
-    lines += [("fast", run["trace"], "vote_acc", colors["ensemble"]) for run in results["fast"]]
-    for name, trace, reading, color in lines:
-        known = LABELS[name] in axes.get_legend_handles_labels()[1]
-        axes.plot([point["seconds"] for point in trace], [point[reading] for point in trace],
-                  color=color, label=None if known else LABELS[name])  # fmt: skip
-    best = max(scores["acc"] for scores in results["kmeans"].values())
-    axes.axhline(best, color=colors["kmeans"], linestyle=":", label="k-means")
-    axes.set(xscale="log", xlabel="wall time / s", ylabel="ACC",
-             title="The same clusters, sooner")  # fmt: skip
-    axes.legend()
-    figure.savefig(file)
-
-
 def load(images: Path | None, file: Path | None) -> Features:
     """Embeddings with their classes."""
     if images is None:
@@ -174,6 +153,9 @@ def main() -> None:
     source.add_argument("--features", type=Path, help="file with X and y")
     parser.add_argument("--name", help="of the outputs; default: that of the folder or file")
     parser.add_argument("--seeds", type=int, default=3, help="of fast")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of fast; the rest is fp32"
+    )
     parser.add_argument("--epochs", type=int, default=100, help="of the paper's recipe")
     parser.add_argument("--baseline", type=Path, help="JSON with plain, paper and k-means")
     parser.add_argument("--skip-paper", action="store_true", help="leave the second line out")
@@ -184,6 +166,7 @@ def main() -> None:
     clusters = len(np.unique(y))
     settings = {"num_clusters": clusters, "device": "cpu"}
 
+    file = RESULTS / "benchmarks" / f"time_to_accuracy_{name}.json"
     if arguments.baseline:
         results = json.loads(arguments.baseline.read_text())
     else:
@@ -192,23 +175,21 @@ def main() -> None:
         every = max(1, arguments.epochs // 10)
         ours = [] if arguments.skip_paper else [run_ours(x, y, paper, every)]
         results["paper"] = ours
+        write_json(file, results)  # what took long is kept, whatever comes
     results["fast"] = [
-        run_ours(x, y, temi.TrainConfig(seed=seed, **settings), 1)
+        run_ours(x, y, temi.TrainConfig(seed=seed, precision=arguments.precision, **settings), 1)
         for seed in range(arguments.seeds)
     ]
     results |= {
         "data": {"name": name, "images": len(x), "dimensions": x.shape[1], "clusters": clusters},
+        "precision_of_fast": arguments.precision,
         "summary": summary(results),
         "machine": {"threads": torch.get_num_threads(), "processor": platform.machine(),
                     "cpu": torch.backends.cpu.get_cpu_capability()},
         "versions": {"torch": torch.__version__, "numpy": np.__version__,
                      "scikit-learn": sklearn.__version__, "python": platform.python_version()},
     }  # fmt: skip
-    for folder in ("benchmarks", "figures"):
-        (RESULTS / folder).mkdir(parents=True, exist_ok=True)
-    file = RESULTS / "benchmarks" / f"time_to_accuracy_{name}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, RESULTS / "figures" / f"time_to_accuracy_{name}.png")
+    write_json(file, results)
     print(json.dumps(results["summary"], indent=1))
 
 
