@@ -1,0 +1,177 @@
+"""The table of ablations: what is there is skipped, what no longer holds is done again."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from benchmarks import ablations
+from temi.metrics import evaluate, stability
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Call the script on tiny data; returns its table, and the names of what was computed."""
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path))
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(3), 40)
+    x = rng.normal(size=(3, 8))[classes] * 3 + rng.normal(size=(120, 8))
+    np.savez(tmp_path / "tiny.npz", X=x.astype(np.float32), y=classes)
+    monkeypatch.setattr(ablations, "SWEEPS", {"recipe": ("fast",), "beta": (0.6, 0.9)})
+    base = {"device": "cpu", "epochs": 1, "num_heads": 2, "batch_size": 16, "num_neighbors": 5}
+    monkeypatch.setattr(ablations, "BASE", base)
+    out, computed, measure = tmp_path / "table.csv", [], ablations.measure
+
+    def noting(job):
+        computed.append(job.label)
+        return measure(job)
+
+    monkeypatch.setattr(ablations, "measure", noting)
+
+    def call(*options):
+        computed.clear()
+        source = f"tiny/random={tmp_path / 'tiny.npz'}"
+        given = ["--features", source, "--only", "tiny/*", "--out", str(out), "--jobs", "1"]
+        ablations.main([*given, *options])
+        return ablations.read(out), list(computed)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def no_digits(monkeypatch):
+    load = ablations.load
+
+    def without(options):
+        monkeypatch.setattr(ablations.temi, "load_images", lambda name: None)
+        monkeypatch.setattr(ablations.temi, "embed", lambda *args, **options: None)
+        return load(options)[1:]
+
+    monkeypatch.setattr(ablations, "load", without)
+
+
+def test_rows_are_complete_and_kept(run):
+    table, computed = run("--seeds", "2")
+    assert len(table) == len(computed) == 2 * (2 + 2)
+    assert not table.duplicated(ablations.IDENTITY).any()
+    trained = table[table["method"] == "temi"]
+    assert trained.drop(columns="failed").notna().all(axis=None)
+    assert trained["information"].between(0, 1).all()
+    settings = trained["settings"].map(json.loads)
+    assert [s["beta"] for s in settings] == [0.6, 0.9] * 2
+    assert settings.map(lambda s: s["epochs"] == 1 and s["dataset"] == "tiny").all()
+    assert not table["command"].str.contains("/tmp").any()
+    again, computed = run("--seeds", "2")
+    assert computed == []
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_scores_are_those_of_the_labels_that_are_kept(run, tmp_path):
+    table, _ = run("--seeds", "2")
+    rows = table[(table["method"] == "temi") & (table["setting"] == "beta")]
+    labels = [np.load(ablations.cache(row))["labels"] for row in rows.to_dict("records")]
+    classes = np.load(tmp_path / "tiny.npz")["y"]
+    for (_, row), found in zip(rows.iterrows(), labels, strict=True):
+        assert row["acc"] == pytest.approx(evaluate(found, classes)["acc"], abs=1e-4)
+    assert rows["stability"].tolist() == pytest.approx([stability(labels)] * 2, abs=1e-4)
+
+
+def test_a_command_of_a_row_repeats_it_alone(run):
+    table, _ = run("--seeds", "2")
+    command = table[table["method"] == "temi"]["command"].iloc[-1].split()
+    again, computed = run("--seeds", "2", "--only", command[command.index("--only") + 1], "--again")
+    assert computed == ["tiny/random/temi/beta=0.9/1"]
+    order, timing = ablations.IDENTITY, ["seconds"]
+    pd.testing.assert_frame_equal(
+        table.drop(columns=timing).sort_values(order, ignore_index=True),
+        again.drop(columns=timing).sort_values(order, ignore_index=True),
+    )
+
+
+def test_a_changed_setting_redoes_what_it_is_in(run, monkeypatch):
+    before, _ = run("--seeds", "1")
+    monkeypatch.setitem(ablations.BASE, "num_heads", 3)
+    table, computed = run("--seeds", "1")
+    assert computed == ["tiny/random/temi/recipe=fast/0", "tiny/random/temi/beta=0.9/0"]
+    assert len(table) == len(before)
+    trained = table[table["method"] == "temi"]
+    assert all(json.loads(text)["num_heads"] == 3 for text in trained["settings"])
+    monkeypatch.setitem(ablations.SWEEPS, "beta", (0.6, 0.8, 0.9))
+    assert run("--seeds", "1")[1] == ["tiny/random/temi/beta=0.8/0"]
+
+
+def test_changed_code_redoes_the_rows_that_it_makes(run, monkeypatch):
+    run("--seeds", "1")
+    code = ablations.CODE["kmeans"]
+    monkeypatch.setitem(ablations.CODE, "kmeans", (*code, evaluate))
+    _, computed = run("--seeds", "1")
+    assert len(computed) == 2
+    assert all("/kmeans-" in name for name in computed)
+
+
+def test_changed_embeddings_redo_everything(run, tmp_path):
+    _, first = run("--seeds", "1")
+    content = dict(np.load(tmp_path / "tiny.npz"))
+    np.savez(tmp_path / "tiny.npz", X=content["X"] + np.float32(0.5), y=content["y"])
+    table, computed = run("--seeds", "1")
+    assert computed == first
+    assert len(table) == len(first)
+
+
+def test_time_that_is_over_starts_nothing(run):
+    table, computed = run("--max-minutes", "0")
+    assert computed == []
+    assert table.empty
+
+
+def test_a_kill_between_two_rows_leaves_whole_ones(run, monkeypatch):
+    count, store = [], ablations.store
+
+    def killed(*arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        store(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ablations, "store", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run("--seeds", "1")
+    table, computed = run("--seeds", "1")
+    assert len(computed) == 2
+    assert len(table) == 4
+
+
+def test_a_collapse_is_a_row(run, monkeypatch):
+    def collapse(*arguments, **options):
+        raise ablations.DivergenceError(1, None, [0, 1], 0.1)
+
+    monkeypatch.setattr(ablations.temi, "train", collapse)
+    table, _ = run("--seeds", "1")
+    failed = table[table["failed"].notna()]
+    assert set(failed["method"]) == {"temi"}
+    assert failed["acc"].isna().all()
+    assert run("--seeds", "1")[1] == []
+
+
+def test_code_version_sees_code_and_no_words(tmp_path, monkeypatch):
+    source = 'def f(x):\n    """Words."""\n    # more\n    return x + 1  # and more\n'
+    versions = {}
+    for name, text in {
+        "as it is": source,
+        "other words": source.replace("ore", "any").replace("Words", "Two\n\n    lines"),
+        "other code": source.replace("+ 1", "+ 2"),
+    }.items():
+        (tmp_path / f"code_{len(versions)}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        module = __import__(f"code_{len(versions)}")
+        versions[name] = ablations.code_version((module.f,)), ablations.code_version((module,))
+    assert versions["as it is"] == versions["other words"]
+    assert versions["as it is"][0] != versions["other code"][0]
+    assert versions["as it is"][1] != versions["other code"][1]
+
+
+def test_no_row_of_that_name(run):
+    with pytest.raises(SystemExit, match="--only tiny/x: no row fits"):
+        run("--only", "tiny/x")
