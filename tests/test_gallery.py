@@ -319,7 +319,6 @@ def test_rename_merge_download_apply(photos, tmp_path, open_page, width):
     path = download(page, tmp_path / "names.json")
     named = temi.apply_names(table, path)
     assert set(named["name"]) == {cats, "4"}
-    page.fill("#search", "png")
     for cluster in (1, 4):
         section = page.locator(f'section[data-cluster="{cluster}"]')
         while (button := section.get_by_role("button", name="Show more of")).is_visible():
