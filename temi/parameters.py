@@ -126,7 +126,10 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
         One line that names the parameter, its value and what is allowed.
     """
     cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters")]
-    known = _assigned(cells[0]) if cells else namespace  # some runners keep no record of cells
+    if cells:
+        known = _assigned(cells[0])
+    else:  # some runners keep no record of cells; what can be called was imported
+        known = {name: None for name, value in namespace.items() if not callable(value)}
     for name in _assigned(cells[-1]) if cells else ():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
