@@ -31,8 +31,8 @@ def parts(classes: int) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="NAME=FILE.npz with X and y")
-    sets = {"digits": temi.load_images("digits")}
-    sets["digits"] = (sets["digits"].images.reshape(1797, -1) / 255.0, sets["digits"].labels)
+    digits = temi.load_images("digits")
+    sets = {"digits": (digits.images.reshape(len(digits), -1) / 255.0, digits.labels)}
     for given in parser.parse_args().files:
         name, _, file = given.partition("=")
         features = temi.load_features(file)

@@ -7,8 +7,9 @@ such as this, so the scores are those of development data.
 
     python benchmarks/speed_steps.py FILE.npz
 
-with embeddings X and classes y; for the stored table those of 10,000 training images of CIFAR-10
-(JPEG) by EfficientNet-Lite0 at 112 pixels. Writes results/speed.csv.
+with embeddings X and classes y; for the stored table, made with ``--seeds 1``, those of the first
+1,000 training images of each class of CIFAR-10 (JPEG) by EfficientNet-Lite0 at 112 pixels. Writes
+results/speed.csv.
 """
 
 import argparse

@@ -211,7 +211,7 @@ class App(BaseSettings):
 
 def _settings(given: BaseModel, cls: type, **more):
     """A settings class with those of its fields that were given."""
-    names = {field.name for field in dataclasses.fields(cls)} & set(type(given).model_fields)
+    names = {own.name for own in dataclasses.fields(cls)} & set(type(given).model_fields)
     return cls(**{name: getattr(given, name) for name in names} | more)
 
 

@@ -58,7 +58,7 @@ def assignments(run: Run, features: Features, centers: np.ndarray | None = None)
     The N x K probabilities are held for some thousand images at a time.
     """
     x = run.inputs(features)
-    labels, agreement = _vote(run, features)
+    labels, agreement = run.vote(features)
     middles = torch.from_numpy(_means(x, labels, run) if centers is None else centers)
     chunks = []
     clusters = torch.from_numpy(labels).split(ensemble.CHUNK)
@@ -91,11 +91,7 @@ def centers(run: Run, features: Features | np.ndarray) -> np.ndarray:
     ndarray [K, D] or [K, P], float64
         NaN for a cluster without images.
     """
-    return _means(run.inputs(features), _vote(run, features)[0], run)
-
-
-def _vote(run: Run, features: Features | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ensemble.vote(run.predict_heads(features), run.config.num_clusters, run.best_head)
+    return _means(run.inputs(features), run.predict(features), run)
 
 
 def _means(x: Tensor, labels: np.ndarray, run: Run) -> np.ndarray:

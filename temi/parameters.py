@@ -108,7 +108,8 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
 
     papermill writes whatever it is given into a cell of its own, after the notebook's parameters
     cell, and only warns when a name is unknown there. Here that is an error. Both cells are found
-    among the executed ones by their first words, ``# Parameters``.
+    among the executed ones by their first words, ``# Parameters``. nbval, which injects nothing,
+    leaves no record of executed cells: then whatever has the name of a parameter is one.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
     cells = [cell for cell in namespace.get("In", []) if cell.startswith("# Parameters")]
     if cells:
         known = _assigned(cells[0])
-    else:  # some runners keep no record of cells; what can be called was imported
+    else:  # but functions, such as an imported `normalize`
         known = {name: None for name, value in namespace.items() if not callable(value)}
     for name in _assigned(cells[-1]) if cells else ():
         if name not in known:

@@ -135,8 +135,12 @@ class Run:
             from temi.prediction import predict_images  # which builds on this module
 
             return predict_images(self, features, **options)
+        return self.vote(features)[0]
+
+    def vote(self, features: Features | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What :meth:`predict` gives for embeddings, and the share of heads behind each [N]."""
         heads = self.predict_heads(features)
-        return ensemble.vote(heads, self.config.num_clusters, self.best_head)[0]
+        return ensemble.vote(heads, self.config.num_clusters, self.best_head)
 
     def predict_proba(self, features: Features | np.ndarray) -> np.ndarray:
         """Mean over heads of the aligned teacher probabilities [N, K], in the teacher's dtype."""

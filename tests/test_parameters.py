@@ -35,6 +35,13 @@ def test_other_names_in_the_notebook_do_not_matter():
     assert read_parameters(namespace)[1].batch_size == 128
 
 
+def test_a_runner_that_keeps_no_record_of_cells():
+    """As nbval is; what is imported is no parameter, even where it is called like one."""
+    namespace = {"In": [""], "dataset": "fashion-mnist", "beta": 0.7, "normalize": print}
+    job, config = read_parameters(namespace)
+    assert (job.dataset, config.beta, config.normalize) == ("fashion-mnist", 0.7, "center-l2")
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
