@@ -60,7 +60,7 @@ SWEEPS = {
     "num_heads": (1, 4, 8, 16, 32),
     "num_neighbors": (5, 10, 25, 50, 100),
     "teacher_momentum": (0.5, 0.8, 0.9, 0.99, 0.996),
-    "loss": ("temi", "wmi", "pmi"),
+    "loss": ("temi", "wmi", "pmi", "scan"),
     "normalize": ("none", "l2", "center-l2"),
     "learning_rate": (1e-3, 2e-3, 4e-3, 8e-3),
     "student_temp": (0.05, 0.07, 0.1, 0.2),

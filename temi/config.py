@@ -96,8 +96,11 @@ class TrainConfig:
         le=1,
     ) = None
     loss: Annotated[
-        Literal["temi", "wmi", "pmi"],
-        Field(description="pair weight of all heads (temi), of each head (wmi), or none (pmi)"),
+        Literal["temi", "wmi", "pmi", "scan"],
+        Field(
+            description="pair weight of all heads (temi), of each head (wmi), or none (pmi); or "
+            "the loss of SCAN (scan)"
+        ),
     ] = None
     student_temp: _number(
         float, "softmax temperature of the student", "0.05 to 0.2", gt=0, le=10

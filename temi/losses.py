@@ -1,4 +1,4 @@
-"""The TEMI objective and the two simpler objectives that it grew from.
+"""The TEMI objective, the two simpler objectives that it grew from, and SCAN's for comparison.
 
 Equation numbers are those of the chapter "From mutual information to TEMI", which derives them;
 the paper is Adaloglou et al., "Exploring the Limits of Deep Image Clustering using Pretrained
@@ -8,7 +8,7 @@ Models", BMVC 2023.
 import torch
 from torch import Tensor
 
-LOSSES = ("temi", "wmi", "pmi")
+SCAN_ENTROPY = 5.0  # weight of the entropy in the published settings of SCAN
 
 
 def update_marginal(marginal: Tensor, teacher_probs: Tensor, momentum: float = 0.9) -> Tensor:
@@ -84,9 +84,10 @@ def temi_loss(
         over more clusters. The paper uses 0.6.
     student_temp, teacher_temp : float > 0
         Softmax temperatures; the paper uses 0.1 for both.
-    loss : {"temi", "wmi", "pmi"}
+    loss : {"temi", "wmi", "pmi", "scan"}
         ``temi`` weighs each pair by the mean of all heads' pair weights, ``wmi`` by each head's
-        own, ``pmi`` by 1 and with beta = 1.
+        own, ``pmi`` by 1 and with beta = 1. ``scan`` is :func:`scan_loss`, another objective, for
+        comparison: of the above it uses the student's logits and temperature alone.
     group_size : int
         G, images in a group; the paper has pairs.
 
@@ -107,6 +108,8 @@ def temi_loss(
         teacher_probs = log_teacher.exp()
         marginal = update_marginal(marginal, teacher_probs)
         log_teacher = beta * log_teacher - marginal.log().unsqueeze(1)
+    if loss == "scan":
+        return scan_loss(log_student, group_size), marginal
     log_student = beta * log_student
     batch_size = log_student.shape[1] // group_size
     total = torch.zeros_like(marginal[:, 0])  # (H)
@@ -119,3 +122,33 @@ def temi_loss(
         log_ratio = log_student + log_teacher.roll(shift, dims=1)  # (H, G * B, K)
         total = total - (weights * log_ratio.logsumexp(dim=-1)).mean(dim=-1)
     return total / (group_size - 1), marginal
+
+
+def scan_loss(log_probs: Tensor, group_size: int = 2) -> Tensor:
+    r"""Loss of SCAN: neighbours in the same cluster, images spread over all clusters.
+
+    .. math:: -\log \sum_c p(c \mid x)\, p(c \mid x') - \lambda H(\bar p),
+
+    the first averaged over the pairs, :math:`\bar p` the mean probabilities of the batch and H
+    their entropy (Van Gansbeke et al., ECCV 2020, equation 2). The weight :math:`\lambda = 5` is
+    that of its authors. There is no teacher in it: the student sees both images of a pair.
+
+    Parameters
+    ----------
+    log_probs : Tensor [H, G * B, K]
+        Logarithms of the student's probabilities, rows as in :func:`temi_loss`.
+    group_size : int
+        G, images in a group.
+
+    Returns
+    -------
+    Tensor [H]
+    """
+    rows = log_probs.shape[1]
+    batch_size = rows // group_size
+    total = torch.zeros_like(log_probs[:, 0, 0])  # (H)
+    for shift in range(batch_size, rows, batch_size):  # rolls to each partner
+        together = (log_probs + log_probs.roll(shift, dims=1)).logsumexp(dim=-1)  # (H, G * B)
+        total = total - together.mean(dim=-1)
+    entropy = torch.special.entr(log_probs.exp().mean(dim=1)).sum(dim=-1)  # (H)
+    return total / (group_size - 1) - SCAN_ENTROPY * entropy

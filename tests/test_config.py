@@ -40,7 +40,7 @@ def test_paper_recipe_holds_the_published_settings():
         ("learning_rate", float("inf"), "a number above 0 up to 100"),
         ("teacher_momentum", 1.0, "a number from 0 below 1"),
         ("recipe", "slow", "one of 'fast', 'paper'"),
-        ("loss", "scan", "one of 'temi', 'wmi', 'pmi'"),
+        ("loss", "info", "one of 'temi', 'wmi', 'pmi', 'scan'"),
         ("normalize", "whiten", "one of 'none', 'l2', 'center-l2'"),
         ("device", 3, "text"),
     ],

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from temi.losses import pair_weights, temi_loss, update_marginal
+from temi.losses import SCAN_ENTROPY, pair_weights, temi_loss, update_marginal
 
 HEADS, PAIRS, CLUSTERS = 3, 5, 4
 
@@ -52,6 +52,28 @@ def test_uninformative_student_has_zero_information():
     zero = torch.zeros(HEADS, 2 * PAIRS, CLUSTERS, dtype=torch.float64)
     losses, _ = temi_loss(zero, zero, uniform(), loss="pmi")
     np.testing.assert_allclose(losses.numpy(), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("group_size", [2, 5])
+def test_scan_agrees_with_a_plain_loop(group_size):
+    student, tau = logits(0), 0.15
+    losses, _ = temi_loss(
+        student, logits(1), uniform(), loss="scan", student_temp=tau, group_size=group_size
+    )
+    rows = 2 * PAIRS
+    anchors, p = rows // group_size, softmax(student.numpy() / tau)
+    for h in range(HEADS):
+        pairs = [(x, y) for x in range(rows) for y in range(rows) if x % anchors == y % anchors]
+        together = [np.log(p[h, x] @ p[h, y]) for x, y in pairs if x != y]
+        mean = p[h].mean(axis=0)
+        expected = -np.mean(together) + SCAN_ENTROPY * (mean * np.log(mean)).sum()
+        assert losses[h].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_scan_is_least_for_perfect_balanced_clusters():
+    eye = torch.eye(CLUSTERS, dtype=torch.float64).repeat(HEADS, 2, 1) * 100
+    losses, _ = temi_loss(eye, eye, uniform(), loss="scan", student_temp=1)
+    np.testing.assert_allclose(losses.numpy(), -SCAN_ENTROPY * np.log(CLUSTERS), atol=1e-12)
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -73,7 +73,7 @@ def test_last_layer_rests_in_the_first_epoch():
     assert not (two.teacher.gain == 1).all()
 
 
-@pytest.mark.parametrize("loss", ["wmi", "pmi"])
+@pytest.mark.parametrize("loss", ["wmi", "pmi", "scan"])
 def test_other_losses_learn_too(loss):
     run = train(BLOBS, dataclasses.replace(SMALL, loss=loss), progress=False)
     assert cluster_accuracy(run.labels, CLASSES) > 0.9
