@@ -15,9 +15,11 @@ Every fifth image is held out from each training. The scores are those of all im
 ``nmi``, ``anmi`` and ``ari`` are of the vote, or of k-means. Classes score and do nothing else. No
 class is read for ``information``: mutual information between neighbours over log K, on the held-out
 images and the ten nearest among them (centred + L2), with probabilities at temperature 0.1 whatever
-the training's; ``agreement`` of the heads; ``silhouette`` of a sample; ``balance``, the entropy of
-the marginals over log K; ``loss`` of the lowest-loss head; ``stability``, the mean ARI between the
-seeds of one setting, whose labels are kept in data/ablations.
+the training's; ``information_of_labels``, the same of the reported labels instead of probabilities;
+``agreement`` of the heads; ``silhouette`` of a sample; ``learnability`` of the labels
+(``temi.learnability``); ``balance``, the entropy of the marginals over log K; ``loss`` of the
+lowest-loss head; ``stability``, the mean ARI between the seeds of one setting, whose labels are
+kept in data/ablations.
 
 A row counts as there while its resolved settings, its embeddings (``fingerprint``) and the code
 (``code``) are the same. The latter is a hash of :data:`CODE`: what determines labels and scores,
@@ -74,7 +76,8 @@ IDENTITY = ["dataset", "backbone", "method", "setting", "value", "seed"]
 KEY = ["settings", "fingerprint", "code"]
 SCORING = (
     metrics.evaluate, metrics.cluster_accuracy, metrics.neighbor_information, metrics.silhouette,
-    neighbors.nearest_neighbors, embeddings.normalize, embeddings.mean_embedding,
+    metrics.learnability, neighbors.nearest_neighbors, embeddings.normalize,
+    embeddings.mean_embedding,
 )  # fmt: skip
 CODE = {
     "kmeans": (temi.kmeans, *SCORING),
@@ -200,8 +203,11 @@ def measure(job: Job) -> tuple[dict, np.ndarray | None]:
     nearest, _ = temi.nearest_neighbors(torch.from_numpy(prepared[held]), 10)
     information = temi.neighbor_information(probs, nearest.numpy())
     found["information"] = information / np.log(count)
+    information = temi.neighbor_information(labels[held], nearest.numpy())
+    found["information_of_labels"] = information / np.log(count)
     if len(np.unique(labels)) > 1:
         found["silhouette"] = temi.silhouette(prepared, labels)
+        found["learnability"] = temi.learnability(prepared, labels)
     found = temi.evaluate(labels, classes) | found
     row = {name: round(float(value), 4) for name, value in found.items()}
     row |= {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
@@ -215,8 +221,9 @@ def prefixed(name: str, scores: dict) -> dict:
 COLUMNS = [
     *IDENTITY, *SCORES, *(f"{who}_{score}" for who in ("soft", "mean_head", "best_head")
                           for score in SCORES),
-    "information", "agreement", "silhouette", "balance", "loss", "stability", "seconds", "threads",
-    "failed", "fingerprint", "code", "command", "settings",
+    "information", "information_of_labels", "agreement", "silhouette", "learnability", "balance",
+    "loss", "stability", "seconds", "threads", "failed", "fingerprint", "code", "command",
+    "settings",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "cluster_statistics",
             "confidence_interval",
             "evaluate",
+            "learnability",
             "match_clusters",
             "matched_counts",
             "neighbor_information",

@@ -171,6 +171,38 @@ def neighbor_information(probs: np.ndarray, neighbors: np.ndarray) -> float:
     return float(ends - entropy(joint, axis=None))
 
 
+def learnability(x: np.ndarray, labels: np.ndarray, folds: int = 5, seed: int = 0) -> float:
+    """How well a linear classifier foresees the clusters of images it has not seen; no classes.
+
+    Clusters that the features explain can be learned from a part of the images and told for the
+    rest; an arbitrary partition cannot. To choose between settings by this is the proposal of
+    TURTLE (Gadetsky, Jiang and Brbić, ICML 2024), with another linear classifier.
+
+    Parameters
+    ----------
+    x : ndarray [N, D]
+        Embeddings, centred and L2-normalised: the ridge penalty of 1 goes with their length.
+    labels : array [N] of int
+        Cluster of each image, at least two in use.
+    folds : int
+        Parts of the images, each foreseen by a classifier fitted on the others.
+    seed : int
+        Of the parts.
+
+    Returns
+    -------
+    float
+        Adjusted Rand index between the clusters and those foreseen: 1 if all are, about 0 for
+        chance, whatever the number and the sizes of the clusters.
+    """
+    from sklearn.linear_model import RidgeClassifier  # takes its time, and only this needs it
+    from sklearn.model_selection import KFold, cross_val_predict
+
+    parts = KFold(folds, shuffle=True, random_state=seed)
+    foreseen = cross_val_predict(RidgeClassifier(), x, labels, cv=parts)
+    return float(sklearn_metrics.adjusted_rand_score(labels, foreseen))
+
+
 def evaluate(labels: np.ndarray, classes: np.ndarray) -> dict[str, float]:
     """Score a clustering against the classes.
 

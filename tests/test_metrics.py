@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
+from temi.embeddings import normalize
 from temi.metrics import (
     class_recall,
     cluster_accuracy,
     cluster_statistics,
     confidence_interval,
     evaluate,
+    learnability,
     match_clusters,
     matched_counts,
     neighbor_information,
@@ -129,6 +131,18 @@ def test_stability():
     assert stability([labels, other]) == pytest.approx(0, abs=0.01)
     rand = sklearn_metrics.adjusted_rand_score(labels, other)
     assert stability([labels, renamed, other]) == pytest.approx((1 + 2 * rand) / 3)
+
+
+def test_learnability_tells_what_the_features_explain_from_chance():
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(4), 60)
+    x = normalize(rng.normal(size=(4, 16))[classes] * 3 + rng.normal(size=(240, 16)), "center-l2")
+    assert learnability(x, classes) > 0.95
+    half_wrong = np.where(rng.random(240) < 0.5, rng.integers(4, size=240), classes)
+    assert 0.1 < learnability(x, half_wrong) < 0.7
+    assert abs(learnability(x, rng.integers(4, size=240))) < 0.05
+    few = np.append(classes[:-1], 9)  # a cluster that only one part has
+    assert learnability(x, few) > 0.9
 
 
 def test_silhouette_of_all_images_is_scikit_learns():
