@@ -1,9 +1,12 @@
 """Figures that are used more than once."""
 
+import json
+import re
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
@@ -81,6 +84,55 @@ def compare_runs(runs: Sequence[Run], names: Sequence[str]) -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
     plt.close(figure)
     return figure
+
+
+def sweeps(runs: pd.DataFrame, score: str = "acc", columns: int = 3) -> Figure:
+    """One small picture a setting: what its values do to a score, everything else as in the recipe.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        Of ``results/ablations.csv``, one data set and backbone, ``value`` as str. The rows of the
+        recipe ``fast`` stand in each picture at its value of the setting, their mean as a ring; the
+        dotted line is the better k-means with as many clusters.
+    score : str
+        Column drawn; a point a seed, a line through the means.
+    columns : int
+        Pictures side by side.
+    """
+    trained, base = runs[runs["method"] == "temi"], runs[runs["value"] == "fast"]
+    defaults = json.loads(base["settings"].iloc[0]) | {"recipe": "fast"}
+    others = runs[(runs["method"] != "temi") & (runs["value"] == str(defaults["num_clusters"]))]
+    kmeans = others.groupby("method")[score].mean().max()
+    settings = [name for name in trained["setting"].unique() if name != "backbone"]
+    lines = -(-len(settings) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3 * columns, 2.1 * lines), sharey=True, squeeze=False
+    )
+    for axis, name in zip(axes.flat, settings, strict=False):
+        default = str(defaults[name])
+        rows = pd.concat([trained[trained["setting"] == name], base.assign(value=default)])
+        rows = rows.drop_duplicates(["value", "seed"])
+        order = sorted(rows["value"].unique(), key=_by_size)
+        places, own = rows["value"].map(order.index), order.index(default)
+        axis.plot(rows[score].groupby(places).mean(), color=COLORS["ensemble"], lw=1.5)
+        axis.plot(places, rows[score], "o", color=COLORS["ensemble"], ms=4, alpha=0.6)
+        axis.plot(own, base[score].mean(), "o", ms=12, mfc="none", color=COLORS["best_head"])
+        if name != "num_clusters":
+            axis.axhline(kmeans, ls=":", color=COLORS["kmeans"])
+        axis.set(title=name, xticks=range(len(order)), xticklabels=order)
+        axis.tick_params(axis="x", labelsize="small")
+    for axis in axes.flat[len(settings) :]:
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set_ylabel(score.upper())
+    plt.close(figure)
+    return figure
+
+
+def _by_size(text: str) -> tuple[float, str]:
+    """Sorts numbers by their size, and words after them."""
+    return (float(text), "") if re.fullmatch(r"[\d.e+-]+", text) else (np.inf, text)
 
 
 def agreement_histogram(agreement: np.ndarray, num_heads: int) -> Figure:

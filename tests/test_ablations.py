@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from benchmarks import ablations
+from temi import plots
 from temi.metrics import evaluate, stability
 
 
@@ -175,3 +176,19 @@ def test_code_version_sees_code_and_no_words(tmp_path, monkeypatch):
 def test_no_row_of_that_name(run):
     with pytest.raises(SystemExit, match="--only tiny/x: no row fits"):
         run("--only", "tiny/x")
+
+
+def test_a_sweep_is_drawn_with_the_recipe_in_its_place():
+    rows = [("temi", "recipe", "fast", 0.9), ("temi", "recipe", "paper", 0.6),
+            ("temi", "beta", "0.5", 0.5), ("temi", "beta", "1.0", 0.7),
+            ("kmeans-none", "num_clusters", "10", 0.8), ("kmeans-none", "num_clusters", "20", 0.1),
+            ("kmeans-l2", "num_clusters", "10", 0.75)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["method", "setting", "value", "acc"]).assign(seed=0)
+    table["settings"] = json.dumps({"beta": 0.6, "num_clusters": 10})
+    recipe, beta = plots.sweeps(table).axes
+    assert [text.get_text() for text in beta.get_xticklabels()] == ["0.5", "0.6", "1.0"]
+    assert [text.get_text() for text in recipe.get_xticklabels()] == ["fast", "paper"]
+    means, _, ring, kmeans = beta.lines
+    assert means.get_ydata().tolist() == [0.5, 0.9, 0.7]
+    assert (ring.get_xdata().item(), ring.get_ydata().item()) == (1, 0.9)
+    assert kmeans.get_ydata()[0] == 0.8
