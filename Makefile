@@ -30,8 +30,9 @@ notebooks: .venv/ready  ## run all notebooks again and store their outputs
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams $(NOTEBOOKS)
 
-results: .venv/ready  ## compute the tables and figures in results/ again
+results: .venv/ready  ## compute the tables and figures of the digits in results/; what is there of the ablations stays
 	$(BIN)/python benchmarks/digits_scores.py
+	$(BIN)/python benchmarks/ablations.py $(ABLATIONS)
 
 lock: .venv/ready  ## resolve the ranges of pyproject.toml for all Pythons and systems
 	$(BIN)/pip install uv
