@@ -81,12 +81,12 @@ def random_features(folder: str, images: int, dim: int) -> Features:
 
 def train_cut(features: Features, clusters: int, steps: int) -> dict:
     """An epoch of so many steps with random neighbours: its seconds, and GB at the peak."""
-    found, drawn = temi.training.nearest_neighbors, temi.training.draw_pairs
+    found, drawn = temi.training.search_neighbors, temi.training.draw_pairs
 
     def given(x: torch.Tensor, k: int) -> tuple[torch.Tensor, None]:
         return torch.randint(len(x), (len(x), k)), None
 
-    temi.training.nearest_neighbors = given
+    temi.training.search_neighbors = given
     temi.training.draw_pairs = lambda *arguments: drawn(*arguments)[:steps]
     try:
         with AnonymousPeak() as memory:
@@ -95,7 +95,7 @@ def train_cut(features: Features, clusters: int, steps: int) -> dict:
             )
             run = temi.train(features, config, progress=False)
     finally:
-        temi.training.nearest_neighbors, temi.training.draw_pairs = found, drawn
+        temi.training.search_neighbors, temi.training.draw_pairs = found, drawn
     return {"steps": steps, "seconds": run.seconds["training"], "peak_gb": memory.peak}
 
 

@@ -17,7 +17,7 @@ from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.devices import is_out_of_memory, resolve_device
 from temi.embeddings import Features, check_embeddings, mean_embedding, normalize, principal_axes
-from temi.neighbors import nearest_neighbors
+from temi.neighbors import search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
 from temi.rundirs import check_resumable, find_place
@@ -110,7 +110,7 @@ def train(
         batch = resumed[1]["config"]["batch_size"] if resumed else auto_batch(config, x)
         config = dataclasses.replace(config, batch_size=batch)
         settings["batch_size"] = batch
-    neighbors, _ = nearest_neighbors(x, config.num_neighbors)  # (N, k)
+    neighbors, _ = search_neighbors(x, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
     identity = {"config": settings, "fingerprint": fingerprint, "manifest": features.manifest}

@@ -3,7 +3,8 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from temi.neighbors import nearest_neighbors
+from temi import neighbors
+from temi.neighbors import approximate_neighbors, nearest_neighbors, search_neighbors
 
 
 @pytest.mark.parametrize("chunk_size", [7, 64, 1000, None])
@@ -26,3 +27,54 @@ def test_a_copy_may_be_a_neighbour_but_not_the_row_itself():
 def test_k_must_fit(k):
     with pytest.raises(ValueError, match=rf"num_neighbors={k}: 1 to 3 is allowed with 4 rows"):
         nearest_neighbors(torch.eye(4), k)
+
+
+@pytest.fixture(scope="module")
+def blobs() -> torch.Tensor:
+    """Rows around centres, as embeddings are: neighbours are in few cells."""
+    pytest.importorskip("faiss", reason="needs the extra 'large'")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(20, 16))[rng.integers(20, size=5000)] + rng.normal(size=(5000, 16))
+    return torch.from_numpy(x)
+
+
+def test_approximate_neighbors_are_most_of_the_exact_ones(blobs, monkeypatch):
+    exact, values = nearest_neighbors(blobs, 10)
+    monkeypatch.setattr(neighbors, "PROBES", 16)  # of 128 cells
+    found, similarities = approximate_neighbors(blobs, 10)
+    assert found.shape == (5000, 10)
+    assert (found != torch.arange(5000).unsqueeze(1)).all()
+    assert (
+        0.9
+        < np.mean([len(np.intersect1d(*rows)) / 10 for rows in zip(found, exact, strict=True)])
+        < 1
+    )
+    cosine = torch.cosine_similarity(blobs[found[:100]], blobs[:100].unsqueeze(1), dim=-1)
+    np.testing.assert_allclose(similarities[:100], cosine, atol=1e-5)
+    assert (similarities.diff(dim=1) <= 0).all()
+    again, _ = approximate_neighbors(blobs, 10)
+    assert (again == found).all()
+    monkeypatch.setattr(neighbors, "PROBES", 128)  # all cells: exact
+    np.testing.assert_allclose(approximate_neighbors(blobs, 10)[1], values, atol=1e-5)
+
+
+def test_approximate_neighbors_of_copies_are_the_other_copies(blobs):
+    indices, _ = approximate_neighbors(blobs[:1].repeat(100, 1), 5)
+    assert indices.shape == (100, 5)
+    assert (indices != torch.arange(100).unsqueeze(1)).all()
+
+
+def test_too_few_rows_in_the_cells_are_said(blobs, monkeypatch):
+    monkeypatch.setattr(neighbors, "PROBES", 1)
+    with pytest.raises(ValueError, match="num_neighbors=400: the cells that were searched hold fe"):
+        approximate_neighbors(blobs, 400)
+
+
+def test_many_rows_are_searched_approximately_where_faiss_is_there(blobs, monkeypatch):
+    exact = nearest_neighbors(blobs, 3)[0]
+    assert (search_neighbors(blobs, 3)[0] == exact).all()
+    monkeypatch.setattr(neighbors, "EXACT_UP_TO", 4999)
+    monkeypatch.setattr(neighbors, "approximate_neighbors", lambda x, k: ("approximate", k))
+    assert search_neighbors(blobs, 3) == ("approximate", 3)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (search_neighbors(blobs, 3)[0] == exact).all()
