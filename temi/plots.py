@@ -1,7 +1,11 @@
 """Figures that are used more than once."""
 
+import base64
+import html
+import io
 import json
 import re
+import zlib
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -224,3 +228,116 @@ def cluster_rows(
     order = clusters[np.argsort(-sizes, kind="stable")]
     rows = [surest_first(labels, agreement, cluster)[:per_row] for cluster in order]
     return image_rows(images, rows, [f"{c}  ({(labels == c).sum()})" for c in order])
+
+
+def planes(points: np.ndarray, grids: np.ndarray, names: Sequence[str], ylabel: str = "") -> Figure:
+    """How clusterings divide a plane: a panel each, a colour and an outline for each cluster.
+
+    Parameters
+    ----------
+    points : ndarray [N, 2]
+        Drawn as dots; their range is the range of the panels.
+    grids : ndarray [P, R, R] of int
+        Cluster of each cell of the square from -1.3 to 1.3, rows from the bottom, for each panel.
+    names : sequence of str
+        Titles of the P panels.
+    ylabel : str
+        Said at the left of the first panel.
+    """
+    figure, axes = plt.subplots(1, len(grids), figsize=(2 * len(grids), 2.2), squeeze=False)
+    edge = (-1.3, 1.3)
+    cells = np.linspace(*edge, grids.shape[1])
+    colors = np.array(sns.color_palette("colorblind", max(10, grids.max() + 1)))
+    for axis, grid, name in zip(axes.flat, grids, names, strict=True):
+        axis.imshow(0.45 + 0.55 * colors[grid], extent=(*edge, *edge), origin="lower")
+        for cluster in np.unique(grid)[1:]:
+            axis.contour(cells, cells, grid == cluster, [0.5], colors="0.2", linewidths=0.8)
+        axis.scatter(*points.T, s=2, color="0.1")
+        axis.set(title=name, xticks=[], yticks=[], xlim=edge, ylim=edge)
+    axes[0, 0].set_ylabel(ylabel)
+    plt.close(figure)
+    return figure
+
+
+def stack(figures: Sequence[Figure]) -> Image.Image:
+    """Figures of one size, one below the other, in 32 colours: a third of the bytes."""
+    pictures = []
+    for figure in figures:
+        file = io.BytesIO()
+        figure.savefig(file, dpi=80)
+        pictures.append(Image.open(file).convert("RGB"))
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (width, height * len(pictures)))
+    for row, picture in enumerate(pictures):
+        strip.paste(picture, (0, row * height))
+    return strip.quantize(32, dither=Image.Dither.NONE)
+
+
+class Page(str):
+    """HTML that a notebook shows as such."""
+
+    def __repr__(self) -> str:
+        return f"<HTML of {len(self)} characters>"
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+
+_STEPPER = """<style>
+.{id} {{border: 0; margin: 0; padding: 0; min-width: 0}}
+.{id} label {{margin: 0 0.8em 0 0.2em; white-space: nowrap}}
+.{id} div {{overflow: hidden; aspect-ratio: {width} / {height}; max-width: {width}px}}
+.{id} img {{width: 100%; max-width: none; margin: 0; display: block}}
+{shifts}
+.{id} input.play:checked ~ div img {{animation: {id} {seconds:.1f}s steps({count}) infinite}}
+@keyframes {id} {{to {{transform: translateY(-100%)}}}}
+</style>
+<fieldset class="{id}"><legend>{legend}</legend>
+{buttons}
+<div><img src="data:image/webp;base64,{data}" alt="{alt}"></div>
+</fieldset>"""
+
+
+def stepper(frames: Sequence[Figure], names: Sequence[str], legend: str, alt: str) -> Page:
+    """Figures to step through or to play, in any page: HTML and CSS alone, no script.
+
+    All frames are one picture, of which a window shows a part; buttons (radio buttons, so arrow
+    keys work too) move it. Where styles are taken away the frames stand one below the other.
+
+    Parameters
+    ----------
+    frames : sequence of Figure
+        All of one size.
+    names : sequence of str
+        Of the buttons, one a frame; the last is chosen at first.
+    legend : str
+        Said above the buttons.
+    alt : str
+        What the frames show, for those who do not see them.
+    """
+    strip = stack(frames)
+    width, height = strip.width, strip.height // len(frames)
+    file = io.BytesIO()
+    strip.convert("RGB").save(file, "webp", lossless=True, method=4)
+    data = base64.b64encode(file.getvalue()).decode()
+    key = f"frames-{zlib.crc32(data.encode()):08x}"  # styles of one stepper are not another's
+
+    button = (
+        '<input type="radio" name="{0}" id="{0}-{1}" class="{2}"{3}>'
+        '<label for="{0}-{1}">{4}</label>'
+    )
+    last = len(names) - 1
+    buttons = [
+        button.format(key, row, f"f{row}", " checked" if row == last else "", html.escape(name))
+        for row, name in enumerate(names)
+    ]
+    buttons.append(button.format(key, "play", "play", "", "play"))
+    shift = ".{0} input.f{1}:checked ~ div img {{transform: translateY(-{2:.4f}%)}}"
+    shifts = [shift.format(key, row, 100 * row / len(names)) for row in range(len(names))]
+    return Page(
+        _STEPPER.format(
+            id=key, width=width, height=height, count=len(names), seconds=0.8 * len(names),
+            legend=html.escape(legend), alt=html.escape(alt), data=data,
+            buttons="\n".join(buttons), shifts="\n".join(shifts),
+        )
+    )  # fmt: skip
