@@ -97,8 +97,8 @@ def evidence(path: Path) -> str:
     texts += [output.data.get("text/plain", "") for output in outputs
               if "data" in output and "image/png" not in output.data]  # fmt: skip
     source = "\n".join(cell.source for cell in cells)
-    named = re.compile(r"""results_file\(\s*f?["']([^"']+)|\bresults/([\w/]+\.(?:csv|json))""")
-    for name in {re.sub(r"\{[^}]*\}", "*", "".join(pair)) for pair in named.findall(source)}:
+    named = re.compile(r"""["'`/]((?:benchmarks/)?[\w{}]+\.(?:csv|json))["'`]""")
+    for name in {re.sub(r"\{[^}]*\}", "*", file) for file in named.findall(source)}:
         texts += [file.read_text() for file in (ROOT / "results").glob(name)]
     return "\n".join([*texts, repr(temi.RECIPES)])
 
