@@ -37,7 +37,7 @@ def main() -> None:
             rows.append({"method": method, "seed": seed, **row})
         if seed == 0:
             plots.use_style()
-            figure = plots.cluster_rows(images.images, run.labels, run.agreement)
+            figure = plots.cluster_rows(images.images, run.labels, run.agreement, per_row=24)
             figure.savefig(RESULTS / "figures" / "digits_clusters.png")
         print(f"seed {seed}: {results['metrics']}, {sum(run.seconds.values()):.1f} s")
     table = pd.DataFrame(rows)

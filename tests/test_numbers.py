@@ -1,0 +1,172 @@
+"""The numbers in the book's prose: computed in a cell beside them, or read from results/.
+
+Decimals, percentages and numbers with a unit in the Markdown cells of a notebook must stand in its
+stored text outputs (which nbval holds to be true), in a file of results/ that it names, or among
+the recipes' settings. Those of the README must be what the test computes from results/. What is
+neither, because nothing here measures it, is listed in EXPLAINED with the reason.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+import temi
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
+UNITS = {"%": 0.01, "s": 1, "ms": 1e-3, "MB": 1e6, "GB": 1e9, "images": 1, "pixels": 1, "nats": 1}
+FENCED = re.compile(r"^(`{3,})(?!\{)[^\n]*\n.*?^\1", re.DOTALL | re.MULTILINE)
+MARKUP = re.compile(r"\$\$[^$]*\$\$|\$[^$]*\$|^(?:`{3}|:)[^\n]*|`[^`]*`|\]\([^)]*\)", re.MULTILINE)
+IN_PROSE = re.compile(rf"(?<![\w.,^-])(\d[\d,]*(?:\.\d+)?)(?:\s?({'|'.join(UNITS)})(?!\w))?")
+ANY_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(%?)")
+
+RUNS_IN = re.compile(r"runs in about (a minute|half a minute|\d+ s|\w+ minutes)")
+EXPLAINED = {
+    "*": {
+        "112 pixels": "setting of the benchmarks on photographs",
+        "224 pixels": "setting of the benchmarks on photographs",
+        "10,000 images": "size of CIFAR-10's test part",
+        "50,000 images": "size of CIFAR-10's training part",
+        "60,000 images": "size of CIFAR-10",
+        "169 MB": "size of a download, by CIFAR-100's page",
+        "0.35 GB": "size of a download, DINOv2 ViT-B/14",
+    },
+    "01_data": {"32 pixels": "side of CIFAR-10's images"},
+    "02_embeddings": {
+        "183 images": "images of the commonest digit, checked in the cell after it",
+        "0.25 ms": "decoding alone, which no benchmark here keeps",
+    },
+    "07_evaluation": {"95%": "the interval that was asked for"},
+    "README": {
+        "3.10": "version of Python", "3.13": "version of Python",
+        "0.671": "the paper's", "0.769": "the paper's",
+        "67.1": "the paper's", "76.9": "the paper's", "53.3": "the paper's",
+        "4.0": "version of a licence", "2.0": "version of a licence",
+    },
+}  # fmt: skip
+
+
+def numbers_in_prose(markdown: str) -> list[tuple[str, str]]:
+    """Numbers (as written, unit) that need a source: with a decimal point, or with a unit."""
+    prose = MARKUP.sub(" ", FENCED.sub(" ", markdown))
+    found = [(number.rstrip(","), unit or "") for number, unit in IN_PROSE.findall(prose)]
+    return [(number, unit) for number, unit in found if unit or "." in number]
+
+
+def values(text: str) -> np.ndarray:
+    """All numbers of a text; percentages also as shares."""
+    found = []
+    for match in ANY_NUMBER.finditer(text):
+        value = float(match.group().rstrip("%").replace(",", ""))
+        found += [value, value / 100] if match.group(1) else [value]
+    return np.array(found or [np.nan])
+
+
+def unfounded(markdown: str, evidence: str, explained: dict[str, str]) -> list[str]:
+    """The numbers of the prose that the evidence, rounded as they are, does not hold."""
+    known, missing = values(evidence), []
+    for number, unit in numbers_in_prose(markdown):
+        value = float(number.replace(",", ""))
+        near = 0.5 * 10.0 ** -len(number.partition(".")[2]) * (1 + 1e-6)
+        scale = UNITS.get(unit, 1)
+        same = [known, known / scale] + [known * 1e6 / scale] * (unit in ("MB", "GB"))
+        written = f"{number} {unit}".strip() if unit != "%" else f"{number}%"
+        if not any((np.abs(one - value) <= near).any() for one in same):
+            missing += [] if {written, number} & set(explained) else [written]
+    return missing
+
+
+def prose(path: Path) -> str:
+    """Markdown of a notebook, without the time that it takes about: see test_run_times."""
+    cells = nbformat.read(path, as_version=4).cells
+    markdown = "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    return RUNS_IN.sub("", markdown)
+
+
+def evidence(path: Path) -> str:
+    """Text outputs of a notebook, the files of results/ that it names, and the recipes."""
+    cells = nbformat.read(path, as_version=4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    texts = [output.get("text", "") for output in outputs]
+    texts += [output.data.get("text/plain", "") for output in outputs
+              if "data" in output and "image/png" not in output.data]  # fmt: skip
+    source = "\n".join(cell.source for cell in cells)
+    named = re.compile(r"""["'`/]((?:benchmarks/)?[\w{}]+\.(?:csv|json))["'`]""")
+    for name in {re.sub(r"\{[^}]*\}", "*", file) for file in named.findall(source)}:
+        texts += [file.read_text() for file in (ROOT / "results").glob(name)]
+    return "\n".join([*texts, repr(temi.RECIPES)])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_numbers_of_chapters(path):
+    explained = EXPLAINED["*"] | EXPLAINED.get(path.stem, {})
+    assert unfounded(prose(path), evidence(path), explained) == []
+
+
+def spread(column: pd.Series) -> str:
+    return f"{column.mean().round(3):.3f} ± {column.std().round(3):.3f}"
+
+
+def readme_rows(results: Path) -> dict[str, list[str]]:
+    """How the rows of the README's table of scores begin, and their ACC and NMI."""
+    scores = pd.read_csv(results / "digits_scores.csv").groupby("method")
+    rows = {
+        f"| digits | grey values | {name} |": [spread(scores.get_group(method)[score])
+                                               for score in ("acc", "nmi")]
+        for name, method in {"TEMI": "ensemble", "k-means": "kmeans none"}.items()
+    }  # fmt: skip
+    told = json.loads((results / "benchmarks" / "time_to_accuracy_cifar10.json").read_text())
+    ends = pd.DataFrame([run["trace"][-1] for run in told["fast"]])
+    network = "EfficientNet-Lite0, **trained with ImageNet's labels**"
+    rows[f"| CIFAR-10 (JPEG) | {network} | TEMI |"] = [
+        spread(ends["vote_acc"]), spread(ends["vote_nmi"])
+    ]  # fmt: skip
+    best = max(told["kmeans"].values(), key=lambda scored: scored["acc"])
+    rows["| CIFAR-10 (JPEG) | the same | k-means |"] = [
+        f"{best[score]:.3f}" for score in ("acc", "nmi")
+    ]
+    return rows
+
+
+def wrong_rows(readme: str, results: Path) -> list[str]:
+    lines = {f"{start} {' | '.join(scores)} |" for start, scores in readme_rows(results).items()}
+    return sorted(lines - set(readme.splitlines()))
+
+
+def test_numbers_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert wrong_rows(readme, ROOT / "results") == []
+    computed = "\n".join(" ".join(scores) for scores in readme_rows(ROOT / "results").values())
+    computed += f" {len(temi.load_images('digits'))} images"
+    assert unfounded(readme, computed, EXPLAINED["*"] | EXPLAINED["README"]) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("digits_scores.csv", "ensemble,2,0.882,", "ensemble,2,0.892,"),
+        ("benchmarks/time_to_accuracy_cifar10.json", '"acc": 0.4493', '"acc": 0.4593'),
+    ],
+)
+def test_a_changed_table_makes_the_readme_wrong(file, old, new, tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new))
+    assert wrong_rows((ROOT / "README.md").read_text(), tmp_path)
+
+
+def test_a_changed_output_makes_the_prose_wrong():
+    told = (
+        "Right are 59% or 0.588, after 2.5 s and with 1.6 GB (`0.1`, $0.2$, 3 seeds, 1,000 x 12)."
+    )
+    assert numbers_in_prose(told) == [("59", "%"), ("0.588", ""), ("2.5", "s"), ("1.6", "GB")]
+    assert unfounded(told, "purity 0.5879, 2.47 s, 1613 MB", {}) == []
+    assert unfounded(told, "purity 0.5899, 2.56 s, 1713 MB", {}) == ["0.588", "2.5 s", "1.6 GB"]
+    assert unfounded(told, "", {"59%": "the paper's"}) == ["0.588", "2.5 s", "1.6 GB"]
