@@ -71,7 +71,7 @@ class Features:
 
     @classmethod
     def from_array(cls, x: np.ndarray, dataset: str = "array") -> "Features":
-        """Wrap an array of one's own embeddings, after :func:`check_embeddings`."""
+        """Wrap an array of one's own embeddings, after :func:`temi.embeddings.check_embeddings`."""
         check_embeddings(x)
         checksum = hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
         manifest = {"dataset": dataset, "backbone": "own", "sha256": checksum}
@@ -171,7 +171,7 @@ def load_cached(manifest: dict, data_dir: str | Path = "data") -> Features:
     Parameters
     ----------
     manifest : dict
-        :attr:`Features.manifest` of what :func:`embed` returned.
+        The ``manifest`` of what :func:`embed` returned.
     data_dir : path
         As it was given to :func:`embed`.
 
@@ -406,7 +406,7 @@ def normalize(
     mean : ndarray [D], optional
         Mean of the images trained on, for new images; that of ``x`` when None.
     axes : ndarray [D, P], optional
-        Of the images trained on, from :func:`principal_axes`: only what lies along them is kept,
+        Of the images trained on, from ``principal_axes``: only what lies along them is kept,
         before the length is made 1.
     chunk_size : int
         Rows converted at a time, so that beside the result little memory is needed.

@@ -184,7 +184,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
     def score(self, X, y=None):
         """How much a row's cluster says about its neighbours' clusters, in nats; ``y`` is not read.
 
-        :func:`temi.metrics.neighbor_information` of the probabilities of ``X``, over its ten
+        :func:`temi.neighbor_information` of the probabilities of ``X``, over its ten
         nearest neighbours within ``X``. Higher is better; at most log K, so that it compares
         settings of one number of clusters. 0 for a single row.
         """

@@ -37,7 +37,7 @@ def training_curves(history: Sequence[dict], num_clusters: int) -> Figure:
     Parameters
     ----------
     history : sequence of dict
-        From :attr:`temi.Run.history`.
+        The ``history`` of a :class:`temi.Run`.
     num_clusters : int
         For the largest entropy there can be, log K.
     """
