@@ -174,7 +174,7 @@ def load_backbone(
     if name == "efficientnet_lite0":
         network = pretrained.efficientnet_lite0()
         config = preprocessing.config(image_size or 224, "bilinear", 1)
-        config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # source: [4]
+        config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as in the original
     elif name in DINOV2:
         side = image_size or 224
         if side % 14:
