@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def _check_timm(name: str) -> None:
 
 
 def load_backbone(
-    name: str, *, weights: str | None = None, image_size: int | None = None
+    name: str, *, weights: str | Path | None = None, image_size: int | None = None
 ) -> Backbone:
     """Load a backbone with its weights.
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
             teacher = copy.deepcopy(run.teacher).double().cpu()
             self.run_ = dataclasses.replace(run, teacher=teacher)
             self.n_neighbors_ = run.config.num_neighbors
-            self.batch_size_ = run.config.batch_size
+            self.batch_size_ = int(run.config.batch_size)
             self.agreement_, labels = run.agreement, self.run_.predict(x)
         self._kept = np.unique(labels)  # clusters of the run, by number here
         self.n_clusters_ = self._n_features_out = len(self._kept)
@@ -150,7 +151,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
             num_clusters=int(self.n_clusters), recipe=self.recipe, seed=seed, device=self.device,
             **settings,
         )  # fmt: skip
-        cut = {}
+        cut: dict[str, Any] = {}
         if config.batch_size != "auto":
             cut["batch_size"] = min(config.batch_size, num_rows)
         if config.num_neighbors is not None:

@@ -8,6 +8,8 @@ Models", BMVC 2023.
 import torch
 from torch import Tensor
 
+LOSSES = ("temi", "wmi", "pmi")
+
 
 def update_marginal(marginal: Tensor, teacher_probs: Tensor, momentum: float = 0.9) -> Tensor:
     """Running estimate of how often the teacher uses each cluster.

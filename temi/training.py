@@ -93,7 +93,7 @@ def train(
     device = resolve_device(config.device)
     settings = run_settings(features.dataset, features.backbone, config)
     place = find_place(run_dir, settings, options)
-    fingerprint = hashlib.sha256(np.ascontiguousarray(features.x)).hexdigest()
+    fingerprint = hashlib.sha256(np.ascontiguousarray(features.x).data).hexdigest()
     resumed = place.load()
     if resumed:
         check_resumable(resumed[1], settings, fingerprint)
@@ -198,7 +198,7 @@ def run_epoch(
     generator = torch.Generator()
     generator.set_state(training.random)
     pairs = draw_pairs(
-        training.neighbors, config.batch_size, generator, config.group_size
+        training.neighbors, int(config.batch_size), generator, config.group_size
     )  # (steps, G * B)
     training.state.student.freeze_last_layer(training.epoch == 0)
     on_cpu = training.x.device.type == "cpu"
