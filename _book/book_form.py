@@ -14,6 +14,7 @@ STATIC = Path(__file__).parent / "static"
 
 def setup(app):
     without_thebe(app)
+    app.connect("config-inited", add_buttons)
     app.connect("builder-inited", add_static_files)
     app.connect("html-page-context", add_mathematics)
     app.connect("autodoc-process-docstring", list_settings, priority=400)  # napoleon's is 500
@@ -25,6 +26,17 @@ def without_thebe(app):
     """Thebe runs cells on a server that it fetches scripts from: jupyter-book always loads it."""
     for listeners in app.events.listeners.values():
         listeners[:] = [x for x in listeners if not x.handler.__module__.startswith("sphinx_thebe")]
+    sheets = app.registry.css_files
+    sheets[:] = [(name, attributes) for name, attributes in sheets if "thebe" not in name]
+
+
+def add_buttons(app, config):
+    """Buttons that need the address of the repository, where ``_config.yml`` has it."""
+    options = config.html_theme_options
+    if options.get("repository_url"):
+        options |= {"use_repository_button": True, "use_source_button": True}
+    else:
+        options["launch_buttons"] = {}
 
 
 def add_static_files(app):
