@@ -8,7 +8,7 @@ endif
 RUN := runs/digits-pixels
 NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 
-.PHONY: train test kill-test book notebooks results lock lint clean
+.PHONY: train test kill-test book links notebooks results run-times lock lint clean
 .DELETE_ON_ERROR:
 
 train: .venv/ready  ## cluster the digits; after an interrupt: make train ARGS="-p resume auto"
@@ -25,22 +25,29 @@ kill-test: .venv/ready  ## a hundred trainings killed at random moments, and res
 book: .venv/ready  ## the book, warnings as errors: _build/html/index.html
 	$(BIN)/jupyter-book build . --all -W -n --keep-going
 
+links: .venv/ready  ## addresses outside the book, over the network: _build/linkcheck/output.txt
+	$(BIN)/jupyter-book build . --builder linkcheck --keep-going
+
 notebooks: .venv/ready  ## run all notebooks again and store their outputs
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(BIN)/jupyter nbconvert --to notebook --inplace --coalesce-streams $(NOTEBOOKS)
 
-results: .venv/ready  ## compute the tables and figures of the digits in results/; what is there of the ablations stays
+results: .venv/ready  ## tables and figures of the digits in results/; ablations that are there stay
 	$(BIN)/python benchmarks/digits_scores.py
 	$(BIN)/python benchmarks/ablations.py $(ABLATIONS)
+
+run-times: .venv/ready  ## run every chapter once, and store seconds, memory and versions
+	$(BIN)/python benchmarks/run_times.py
 
 lock: .venv/ready  ## resolve the ranges of pyproject.toml for all Pythons and systems
 	$(BIN)/pip install uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 \
 		--upgrade --no-annotate --custom-compile-command "make lock" -o requirements.lock
 
-lint: .venv/ready
+lint: .venv/ready  ## style, and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv _build

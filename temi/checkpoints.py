@@ -71,7 +71,7 @@ def save(path: Path, content: dict, position: Position) -> None:
     """
     with whole_file(path) as file:
         hashing = _HashingFile(file)
-        torch.save(content, hashing)
+        torch.save(content, hashing)  # type: ignore[arg-type]  # all that torch asks of a file
         hashing.write(_TRAILER.format(VERSION, *position).encode())
         file.write(hashing.digest.hexdigest().encode())
 

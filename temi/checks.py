@@ -25,7 +25,7 @@ def check_types(settings, *names: str) -> None:
     ValueError
         One line with the first field that does not fit, its value and what is allowed.
     """
-    for name, adapter in _adapters(type(settings)).items():
+    for name, adapter in _adapters(type(settings)).items():  # type: ignore[arg-type]
         if names and name not in names:
             continue
         value = getattr(settings, name)

@@ -81,7 +81,7 @@ class ImageSet:
         else:
             digest.update(repr((self.images.shape, self.images.dtype.str)).encode())
             for start in range(0, len(self.images), 1024):  # STL-10 is copied to hash it
-                digest.update(np.ascontiguousarray(self.images[start : start + 1024]))
+                digest.update(np.ascontiguousarray(self.images[start : start + 1024]).data)
         return digest.hexdigest()
 
     def rows(self, ids: Sequence[str]) -> list[int]:

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -71,9 +72,9 @@ class Features:
 
     @classmethod
     def from_array(cls, x: np.ndarray, dataset: str = "array") -> "Features":
-        """Wrap an array of one's own embeddings, after :func:`check_embeddings`."""
+        """Wrap an array of one's own embeddings, after :func:`temi.embeddings.check_embeddings`."""
         check_embeddings(x)
-        checksum = hashlib.sha256(np.ascontiguousarray(x)).hexdigest()
+        checksum = hashlib.sha256(np.ascontiguousarray(x).data).hexdigest()
         manifest = {"dataset": dataset, "backbone": "own", "sha256": checksum}
         return cls(x, tuple(map(str, range(len(x)))), manifest)
 
@@ -92,12 +93,12 @@ def embed(
     weights: str | Path | None = None,
     image_size: int | None = None,
     data_dir: str | Path = "data",
-    dtype: str = "float16",
+    dtype: Literal["float16", "float32"] = "float16",
     batch_size: int | None = None,
     num_workers: int | None = None,
     device: str = "auto",
-    precision: str = "auto",
-    on_error: str = "skip",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    on_error: Literal["skip", "stop"] = "skip",
     force_recompute: bool = False,
     progress: bool = True,
 ) -> Features:
@@ -171,7 +172,7 @@ def load_cached(manifest: dict, data_dir: str | Path = "data") -> Features:
     Parameters
     ----------
     manifest : dict
-        :attr:`Features.manifest` of what :func:`embed` returned.
+        The ``manifest`` of what :func:`embed` returned.
     data_dir : path
         As it was given to :func:`embed`.
 
@@ -284,7 +285,7 @@ def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:
 def _join(parts: list[Features], backbone: str) -> Features:
     """Several feature spaces side by side, each scaled to length 1, the whole too."""
     joined = np.hstack([normalize(part.x, "l2") for part in parts]) / len(parts) ** 0.5
-    manifest = {"dataset": parts[0].dataset, "backbone": backbone}
+    manifest: dict[str, Any] = {"dataset": parts[0].dataset, "backbone": backbone}
     manifest["unreadable"] = parts[0].manifest["unreadable"]
     manifest["spaces"] = [part.manifest for part in parts]
     return replace(parts[0], x=joined.astype(parts[0].x.dtype), manifest=manifest)
@@ -406,7 +407,7 @@ def normalize(
     mean : ndarray [D], optional
         Mean of the images trained on, for new images; that of ``x`` when None.
     axes : ndarray [D, P], optional
-        Of the images trained on, from :func:`principal_axes`: only what lies along them is kept,
+        Of the images trained on, from ``principal_axes``: only what lies along them is kept,
         before the length is made 1.
     chunk_size : int
         Rows converted at a time, so that beside the result little memory is needed.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,7 +130,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
             teacher = copy.deepcopy(run.teacher).double().cpu()
             self.run_ = dataclasses.replace(run, teacher=teacher)
             self.n_neighbors_ = run.config.num_neighbors
-            self.batch_size_ = run.config.batch_size
+            self.batch_size_ = int(run.config.batch_size)
             self.agreement_, labels = run.agreement, self.run_.predict(x)
         self._kept = np.unique(labels)  # clusters of the run, by number here
         self.n_clusters_ = self._n_features_out = len(self._kept)
@@ -150,7 +151,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
             num_clusters=int(self.n_clusters), recipe=self.recipe, seed=seed, device=self.device,
             **settings,
         )  # fmt: skip
-        cut = {}
+        cut: dict[str, Any] = {}
         if config.batch_size != "auto":
             cut["batch_size"] = min(config.batch_size, num_rows)
         if config.num_neighbors is not None:
@@ -184,7 +185,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
     def score(self, X, y=None):
         """How much a row's cluster says about its neighbours' clusters, in nats; ``y`` is not read.
 
-        :func:`temi.metrics.neighbor_information` of the probabilities of ``X``, over its ten
+        :func:`temi.neighbor_information` of the probabilities of ``X``, over its ten
         nearest neighbours within ``X``. Higher is better; at most log K, so that it compares
         settings of one number of clusters. 0 for a single row.
         """

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -101,14 +101,17 @@ def extract(
     device = resolve_device(config.device)
     precision = "bf16" if uses_bf16(config.precision, device) else "fp32"
     part, log_file = folder / PART, folder / PROGRESS
-    log = json.loads(log_file.read_text()) if log_file.exists() and part.exists() else {}
+    log: dict[str, Any] = {}
+    if log_file.exists() and part.exists():
+        log = json.loads(log_file.read_text())
     same = log.get("identity") == identity and log["precision"] == precision
     if not same or config.batch_size not in (None, log["batch_size"]):
         part.unlink(missing_ok=True)
         size = config.batch_size or default_batch_size(backbone, device, precision)
         log = {"identity": identity, "batch_size": size, "rows": 0}
         log |= {"forward_sizes": [[0, size]], "unreadable": {}, "precision": precision}
-    model = backbone.model.to(device, memory_format=torch.channels_last)
+    model = backbone.model.to(device)
+    model.to(memory_format=torch.channels_last)
     workers = config.num_workers
     if workers is None and backbone.name == "pixels":
         workers = 0

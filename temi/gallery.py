@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -80,7 +81,7 @@ def write_gallery(
             raise ValueError(
                 f"points: shape {points.shape}; {(len(table), 2)} is allowed, all numbers finite"
             )
-    state = (names_in(table), {})
+    state: tuple[dict[int, str], dict[int, int]] = (names_in(table), {})
     if names is not None:
         apply_names(table, names)  # refuses a cluster that there is not
         state = read_names(names)
@@ -89,7 +90,7 @@ def write_gallery(
     order = np.lexsort((-table["confidence"], table["cluster"], -sizes))
     table = table.iloc[order]
     rows = images.rows(table["path"])
-    data = _columns(table) | _places(points, order)
+    data: dict[str, Any] = _columns(table) | _places(points, order)
     data |= {"title": title, "names": state[0], "merged": state[1], "pack": PACK}
     data["thumbnail"] = thumbnail
     key = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]

@@ -185,4 +185,4 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _is_16_bit(image: Image.Image) -> bool:
     """Whether the values fit into 16 bits, which some files of 16 bits store in 32."""
     least, largest = image.getextrema()
-    return least >= 0 and largest < 2**16
+    return least >= 0 and largest < 2**16  # type: ignore[operator]  # of one channel: numbers

@@ -60,7 +60,7 @@ def purity(labels: np.ndarray, classes: np.ndarray) -> float:
 
     The many-to-one accuracy: several clusters may stand for one class, so it is the score to read
     where there are more clusters than classes. It never falls as clusters are split: with one
-    image a cluster it is 1. :func:`cluster_accuracy` is the one-to-one score.
+    image a cluster it is 1. The one-to-one score is the accuracy that :func:`temi.evaluate` gives.
     """
     return float(contingency_matrix(classes, labels).max(axis=0).sum() / len(labels))
 
@@ -152,8 +152,8 @@ def neighbor_information(probs: np.ndarray, neighbors: np.ndarray) -> float:
 
     How much the cluster of an image says about the cluster of its neighbour: 0 for clusters that
     ignore the neighbourhoods, or for a single cluster; log K where neighbours always share one of K
-    clusters of the same size. Of soft clusters, the joint distribution is the mean of
-    p(c|x) p(c'|x') over the pairs (Ji et al., Invariant Information Clustering, ICCV 2019, eq. 2).
+    clusters of the same size. Of soft clusters, the joint distribution is the mean of ``p(c|x)
+    p(c'|x')`` over the pairs (Ji et al., Invariant Information Clustering, ICCV 2019, eq. 2).
 
     Parameters
     ----------

@@ -89,7 +89,7 @@ def apply_names(
     table : DataFrame
         From :func:`assignments`.
     names : path or mapping
-        A gallery's "Download names"; see :func:`read_names`.
+        A gallery's "Download names", or what such a file holds.
     num_clusters : int, optional
         K; for a table of new images, of which some clusters may have none. None: the clusters are
         those of the table.

@@ -139,7 +139,7 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
                 f"{name}={namespace[name]!r}: there is no such parameter here{hint}; "
                 f"allowed are {', '.join(known)}"
             )
-    return tuple(
+    return tuple(  # type: ignore[return-value]
         cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls) if f.name in known})
         for cls in (JobConfig, TrainConfig)
     )

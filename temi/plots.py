@@ -15,6 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
+from temi.image_files import ImageFiles
 from temi.runs import Run
 
 TILE = 64  # pixels of a side that a picture in a row has at most
@@ -44,7 +45,7 @@ def training_curves(history: Sequence[dict], num_clusters: int) -> Figure:
     Parameters
     ----------
     history : sequence of dict
-        From :attr:`temi.Run.history`.
+        The ``history`` of a :class:`temi.Run`.
     num_clusters : int
         For the largest entropy there can be, log K.
     """
@@ -154,7 +155,9 @@ def agreement_histogram(agreement: np.ndarray, num_heads: int) -> Figure:
 
 
 def image_rows(
-    images: Sequence[np.ndarray], rows: Sequence[Sequence[int]], titles: Sequence[str]
+    images: Sequence[np.ndarray] | np.ndarray | ImageFiles,
+    rows: Sequence[Sequence[int] | np.ndarray],
+    titles: Sequence[str],
 ) -> Figure:
     """Rows of pictures with a title each.
 
@@ -191,7 +194,9 @@ def image_rows(
     return figure
 
 
-def _tiles(images: Sequence[np.ndarray], indices: Sequence[int]) -> dict[int, np.ndarray]:
+def _tiles(
+    images: Sequence[np.ndarray] | np.ndarray | ImageFiles, indices: Sequence[int]
+) -> dict[int, np.ndarray]:
     """Pictures of one size: as they are where they have one, else the middle square of each."""
     pictures = {index: images[index] for index in indices}
     shapes = {picture.shape for picture in pictures.values()}
@@ -210,7 +215,10 @@ def surest_first(labels: np.ndarray, agreement: np.ndarray, cluster: int) -> np.
 
 
 def cluster_rows(
-    images: Sequence[np.ndarray], labels: np.ndarray, agreement: np.ndarray, per_row: int = 16
+    images: Sequence[np.ndarray] | np.ndarray | ImageFiles,
+    labels: np.ndarray,
+    agreement: np.ndarray,
+    per_row: int = 16,
 ) -> Figure:
     """Each cluster as a row of its surest images, largest cluster first.
 

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ def predict_images(
     weights: str | Path | None = None,
     data_dir: str | Path = "data",
     device: str = "auto",
-    on_error: str = "skip",
+    on_error: Literal["skip", "stop"] = "skip",
     progress: bool = True,
 ) -> pd.DataFrame:
     """Clusters of new images, embedded exactly as the images of the run were.

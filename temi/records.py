@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -49,7 +50,7 @@ class Record:
         self.place, self.options, self.folder = place, options, place.folder
         self.pool, self.pending = ThreadPoolExecutor(max_workers=1), Future()
         self.pending.set_result(None)
-        self._writer = None
+        self._writer: Any = None
         if self.folder is None:
             return
         self.checkpoints = self.folder / checkpoints.FOLDER

@@ -70,12 +70,12 @@ def plan_run(
         With the number of clusters.
     Path
         ``job.run_dir``, a relative one below :func:`temi.files.home`; else
-        :func:`default_run_dir`.
+        ``runs/DATASET-BACKBONE``, followed by the settings that differ from the recipe.
 
     Raises
     ------
     ValueError
-        See :meth:`temi.TrainConfig.resolve` and :func:`find_place`.
+        See :meth:`temi.TrainConfig.resolve`; or what stands in the folder would be lost.
     """
     dataset = data.name if isinstance(data, ImageSet) else data.dataset
     backbone = job.backbone if isinstance(data, ImageSet) else data.backbone

@@ -35,7 +35,7 @@ class Run:
     head_losses : ndarray [H]
         Mean loss of each head over the last epoch.
     alignment : ndarray [H, K]
-        Each head's clusters in common numbers; see :func:`temi.ensemble.align_heads`.
+        Each head's clusters in common numbers; see :func:`temi.align_heads`.
     head_labels : ndarray [H, N]
         Cluster of each training image under each head, in common numbers.
     labels : ndarray [N]
@@ -43,11 +43,14 @@ class Run:
     agreement : ndarray [N]
         Share of heads that voted with the winner.
     history : list of dict
-        One entry an epoch; see :class:`temi.training.Training`. Where labels exist, also accuracies
-        of the labels that the teachers gave while the epoch ran; in the last, of the final ones.
+        One entry an epoch: ``epoch`` (from 1), ``head_losses`` and ``gradient_norm`` (means over
+        the steps, the norm before clipping), ``learning_rate`` of the last step,
+        ``marginal_entropy`` in nats (mean over heads), ``collapsed_heads``, ``seconds``. Where
+        labels exist, also accuracies of the labels that the teachers gave while the epoch ran; in
+        the last, of the final ones.
     retries : list of dict
-        One entry for each time the training went back; see
-        :attr:`temi.trouble.DivergenceError.entry`.
+        One entry for each time the training went back: the ``entry`` of its
+        :class:`temi.trouble.DivergenceError`.
     seconds : dict
         Wall time of each stage.
     """
@@ -156,7 +159,7 @@ class Run:
         features : Features or ndarray [N, D]
             As for :meth:`predict`.
         weights : ndarray [H], optional
-            Of the heads, such as :func:`temi.ensemble.loss_weights`; None: equal.
+            Of the heads, such as :func:`temi.loss_weights`; None: equal.
 
         Returns
         -------

@@ -48,10 +48,11 @@ def suggest_num_clusters(
     """How many clusters images suggest, without labels and before any training.
 
     Up to 6,000 images drawn at random are split in halves four times; k-means clusters each half
-    and assigns all images to its centres. The silhouette [1]_, which is larger the nearer images
-    are to their own centre's crowd than to the next, is largest where clusters are neither merged
-    nor cut; that candidate is suggested. The agreement between the two halves (as in [2]_) is
-    reported beside it: where it is low for all candidates, no number is much better than another.
+    and assigns all images to its centres. The silhouette (Rousseeuw), which is larger the nearer
+    images are to their own centre's crowd than to the next, is largest where clusters are neither
+    merged nor cut; that candidate is suggested. The agreement between the two halves (as in Lange
+    et al.) is reported beside it: where it is low for all candidates, no number is much better than
+    another.
 
     The suggestion is about crowds in the backbone's space, which need not be the kinds that one has
     in mind: of fine kinds several make one crowd, of a varied kind one makes several.
@@ -82,10 +83,10 @@ def suggest_num_clusters(
 
     References
     ----------
-    .. [1] Rousseeuw, Silhouettes: a graphical aid to the interpretation and validation of cluster
-       analysis, 1987, https://doi.org/10.1016/0377-0427(87)90125-7
-    .. [2] Lange et al., Stability-based validation of clustering solutions, 2004,
-       https://doi.org/10.1162/089976604773717621
+    - Rousseeuw, Silhouettes: a graphical aid to the interpretation and validation of cluster
+      analysis, 1987, https://doi.org/10.1016/0377-0427(87)90125-7
+    - Lange et al., Stability-based validation of clustering solutions, 2004,
+      https://doi.org/10.1162/089976604773717621
     """
     x = as_array(features)
     random = np.random.default_rng(seed)

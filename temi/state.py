@@ -28,11 +28,9 @@ class Training:
     seconds : float
         Spent on these steps.
     history : list of dict
-        One entry an epoch: ``epoch`` (from 1), ``head_losses`` and ``gradient_norm`` (means over
-        the steps, the norm before clipping), ``learning_rate`` of the last step,
-        ``marginal_entropy`` in nats (mean over heads), ``collapsed_heads``, ``seconds``.
+        What :class:`temi.Run` has, before labels score it.
     retries : list of dict
-        See :attr:`temi.trouble.DivergenceError.entry`.
+        As in :class:`temi.Run`.
     """
 
     CHANGING = ("epoch", "step", "random", "labels", "losses", "gradient_norm", "seconds",

@@ -118,9 +118,11 @@ def training_step(
     finite = torch.where(known.all(), (head_losses + norms).isfinite(), known)  # (H)
     good, norm = finite.all(), norms.norm()
 
-    state.optimizer.found_inf = state.follower.found_inf = (~good).float()  # 1: change nothing
+    unchanged = (~good).float()  # 1: change nothing
+    state.optimizer.found_inf = state.follower.found_inf = unchanged  # type: ignore[attr-defined]
     if config.clip_grad is not None:  # gradients are divided by this
-        state.optimizer.grad_scale = (norm / config.clip_grad).clamp_min(1).float()
+        scale = (norm / config.clip_grad).clamp_min(1).float()
+        state.optimizer.grad_scale = scale  # type: ignore[attr-defined]
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()

@@ -55,7 +55,8 @@ def train(
     images : ImageSet, optional
         For the pictures of the clusters in the record.
     run_dir : path, optional
-        Where :class:`temi.records.Record` keeps the run; nothing is written when None.
+        Where the run is kept: settings, scores, clusters, checkpoints, logs; nothing is written
+        when None.
     progress : bool
         Show a progress bar. Trouble is said in any case.
     **options
@@ -92,7 +93,7 @@ def train(
     device = resolve_device(config.device)
     settings = run_settings(features.dataset, features.backbone, config)
     place = find_place(run_dir, settings, options)
-    fingerprint = hashlib.sha256(np.ascontiguousarray(features.x)).hexdigest()
+    fingerprint = hashlib.sha256(np.ascontiguousarray(features.x).data).hexdigest()
     resumed = place.load()
     if resumed:
         check_resumable(resumed[1], settings, fingerprint)
@@ -197,7 +198,7 @@ def run_epoch(
     generator = torch.Generator()
     generator.set_state(training.random)
     pairs = draw_pairs(
-        training.neighbors, config.batch_size, generator, config.group_size
+        training.neighbors, int(config.batch_size), generator, config.group_size
     )  # (steps, G * B)
     training.state.student.freeze_last_layer(training.epoch == 0)
     on_cpu = training.x.device.type == "cpu"

@@ -86,6 +86,8 @@ class Signals:
     changes.
     """
 
+    received: int | None
+
     def __enter__(self) -> "Signals":
         self.received, self._before = None, {}
         if threading.current_thread() is threading.main_thread():
@@ -144,6 +146,6 @@ def auto_batch(config: TrainConfig, x: Tensor) -> int:
 
 def what_fits(config: TrainConfig, x: Tensor) -> str:
     """What is said when a step did not fit into memory."""
-    batch = fitting_batch(config, x, config.batch_size // 2)
+    batch = fitting_batch(config, x, int(config.batch_size) // 2)
     remedy = f"{batch} fits now (batch_size='auto' finds it)" if batch else "nor does any other"
     return f"batch_size={config.batch_size}: a step does not fit in memory on {x.device}; {remedy}"

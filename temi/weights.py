@@ -20,7 +20,7 @@ REGISTER_POSITIONS = 0.0, True
 RELEASE_SIDE, PATCH = 518, 14  # pixels that the released position embeddings are for: 37 x 37
 
 
-def dinov2(name: str, side: int, weights: str | None) -> nn.Module:
+def dinov2(name: str, side: int, weights: str | Path | None) -> nn.Module:
     """A DINOv2 of timm for images of ``side`` pixels, its position embeddings resized as released.
 
     timm's own resizing differs in its sampling grid (plain models) and is not used.
@@ -120,7 +120,7 @@ def efficientnet_lite0() -> nn.Module:
     return network
 
 
-def timm_model(name: str, side: int | None, weights: str | None) -> tuple[nn.Module, dict]:
+def timm_model(name: str, side: int | None, weights: str | Path | None) -> tuple[nn.Module, dict]:
     """A model of timm without its classifier, and its preprocessing in timm's terms.
 
     The weights are loaded with the classifier that they have, since timm is strict only then.
@@ -171,7 +171,9 @@ def timm_model(name: str, side: int | None, weights: str | None) -> tuple[nn.Mod
     return network, config
 
 
-def _download(name: str, model: str, by_hand: str | None = None, **settings) -> nn.Module:
+def _download(
+    name: str, model: str, by_hand: str | tuple[str, str] | None = None, **settings
+) -> nn.Module:
     """A model of timm with its weights, from the hub or the hub's cache on this machine."""
     import timm
 
