@@ -78,7 +78,7 @@ def nearest_neighbors(x: Tensor, k: int, chunk_size: int | None = None) -> tuple
 def approximate_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Most of the k most similar other rows of each row, in far less time than all of them.
 
-    An inverted file of faiss (``pip install "temi[large]"``): k-means deals the rows out to
+    An inverted file of faiss (the extra ``large``): k-means deals the rows out to
     4 sqrt(N) cells, and a row is compared with those of the 64 cells nearest to it. Of 35,000
     photographs (256 principal components of EfficientNet-Lite0's features) 98.6% of the 25 nearest
     are found, in a third of the time (``benchmarks/neighbors.py``); the advantage grows with the
