@@ -86,7 +86,7 @@ def temi_loss(
         Softmax temperatures; the paper uses 0.1 for both.
     loss : {"temi", "wmi", "pmi", "scan"}
         ``temi`` weighs each pair by the mean of all heads' pair weights, ``wmi`` by each head's
-        own, ``pmi`` by 1 and with beta = 1. ``scan`` is :func:`scan_loss`, another objective, for
+        own, ``pmi`` by 1 and with beta = 1. ``scan`` is ``scan_loss``, another objective, for
         comparison: of the above it uses the student's logits and temperature alone.
     group_size : int
         G, images in a group; the paper has pairs.

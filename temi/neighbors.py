@@ -112,9 +112,9 @@ def approximate_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"num_neighbors={k}: 1 to {count - 1} is allowed with {count} rows")
     rows = F.normalize(x.float(), dim=1).cpu().numpy()
     cells = min(math.isqrt(16 * count), count // 39)  # faiss wants 39 rows a cell to learn from
-    index = faiss.index_factory(
-        rows.shape[1], f"IVF{max(1, cells)},Flat", faiss.METRIC_INNER_PRODUCT
-    )
+    width = rows.shape[1]
+    centers = faiss.IndexFlatIP(width)
+    index = faiss.IndexIVFFlat(centers, width, max(1, cells), faiss.METRIC_INNER_PRODUCT)
     index.train(rows)
     index.add(rows)
     index.nprobe = PROBES

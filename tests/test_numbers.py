@@ -44,6 +44,7 @@ EXPLAINED = {
     },
     "07_evaluation": {"95%": "the interval that was asked for"},
     "README": {
+        "250,000 images": "EXACT_UP_TO of temi/neighbors.py",
         "3.10": "version of Python", "3.13": "version of Python",
         "0.671": "the paper's", "0.769": "the paper's",
         "67.1": "the paper's", "76.9": "the paper's", "53.3": "the paper's",
