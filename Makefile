@@ -54,5 +54,5 @@ clean:
 
 .venv/ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[notebooks,lite,book,test]"
+	$(BIN)/python -m pip install --constraint requirements.lock --editable ".[notebooks,lite,large,book,test]"
 	@touch $@
