@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pandas as pd
 import pytest
 import yaml
 from bs4 import BeautifulSoup
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
+LOCK = (ROOT / "requirements.lock").read_text()
 CHROMIUM = shutil.which("chromium")
 WEIGHT = 2_000_000  # bytes that a page may load in all, texts compressed as servers send them
 LOADING = {  # what a page loads by itself, and where its address stands
@@ -158,6 +160,17 @@ def test_files_that_contributors_are_sent_to():
                          ("SPLITS: ", data), ("def _from_torchvision", data),
                          ("def temi_loss", losses), ("    loss: Annotated[", config)):  # fmt: skip
         assert name in source
+
+
+@pytest.mark.xfail(reason="not all chapters are measured", strict=True)
+def test_run_times_of_every_chapter():
+    table = pd.read_csv(ROOT / "results" / "run_times.csv")
+    assert [f"notebooks/{chapter}" for chapter in table["Chapter"]] == [
+        page for page in PAGES if page.startswith("notebooks/")
+    ]
+    versions = pd.read_csv(ROOT / "results" / "versions.csv", index_col="What")["Here"]
+    locked = dict(re.findall(r"^([\w-]+)==([^ ;]+)", LOCK, re.MULTILINE))
+    assert versions["torch"].split("+")[0] == locked["torch"]
 
 
 def test_licences_are_those_that_timm_states():
