@@ -295,7 +295,8 @@ _STEPPER = """<style>
 .{id} {{border: 0; margin: 0; padding: 0; min-width: 0}}
 .{id} label {{margin: 0 0.8em 0 0.2em; white-space: nowrap}}
 .{id} div {{overflow: hidden; aspect-ratio: {width} / {height}; max-width: {width}px}}
-.{id} img {{width: 100%; max-width: none; margin: 0; display: block}}
+.{id} img {{width: 100%; max-width: none; margin: 0; padding: 0 !important; display: block}}
+.{id} legend {{font-size: 1em; margin: 0}}
 {shifts}
 .{id} input.play:checked ~ div img {{animation: {id} {seconds:.1f}s steps({count}) infinite}}
 @keyframes {id} {{to {{transform: translateY(-100%)}}}}
