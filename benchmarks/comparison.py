@@ -93,16 +93,15 @@ def read(file: Path) -> pd.DataFrame:
 
 def complete(file: Path, runs: list[tuple[Features, dict]]) -> pd.DataFrame:
     """Do the runs that the table lacks, and write it after each; returns it."""
-    table = read(file)
     for features, row in runs:
-        if alike(table, row, RUN + KEY).any():
+        if alike(read(file), row, RUN + KEY).any():
             continue
         rows = measure(features, row)
         print(pd.DataFrame(rows)[[*RUN, "reading", *SCORES, "recall"]].to_string(), flush=True)
+        table = read(file)  # again: other runs may have come while this one took its time
         kept = table[~alike(table, row, RUN)].to_dict("records")
         write_whole(file, pd.DataFrame([*kept, *rows], columns=COLUMNS).to_csv(index=False))
-        table = read(file)
-    return table
+    return read(file)
 
 
 def load(options: argparse.Namespace) -> list[Features]:

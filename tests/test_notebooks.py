@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb"))
-TAGS = {"parameters", "check", "hide-input", "nbval-ignore-output"}
+TAGS = {"parameters", "check", "hide-cell", "hide-input", "nbval-ignore-output"}
 TRAIN = ROOT / "notebooks" / "05_train.ipynb"
 MACHINE_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|Users|mnt|opt|var)/")
 
