@@ -28,13 +28,14 @@ from temi.embeddings import Features
 from temi.files import write_whole
 from temi.metrics import SCORES
 from temi.results import run_settings
+from temi.trouble import DivergenceError
 
 FILE = Path(__file__).parents[1] / "results" / "comparison.csv"
 KMEANS = {"raw": "none", "centred + L2": "center-l2"}
 METHODS = ("k-means", "fast", "paper")
 RUN = ["dataset", "method", "beta", "seed"]  # names a run
 KEY = ["fingerprint", "settings"]  # what it depends on
-COLUMNS = [*RUN, "reading", *SCORES, "recall", "balance", *KEY]
+COLUMNS = [*RUN, "reading", *SCORES, "recall", "balance", "failed", *KEY]
 
 
 def readings(run: temi.Run, features: Features) -> dict[str, np.ndarray]:
@@ -72,7 +73,7 @@ def plan(features: Features, method: str, seed: int, **changes) -> dict:
 
 
 def measure(features: Features, row: dict) -> list[dict]:
-    """The rows of a run, one a reading."""
+    """The rows of a run, one a reading; one without scores if its clusters collapsed."""
     settings, seed = json.loads(row["settings"]), row["seed"]
     if row["method"] == "k-means":
         found = {name: temi.kmeans(features.x, settings["num_clusters"], how, seed)[None]
@@ -80,7 +81,10 @@ def measure(features: Features, row: dict) -> list[dict]:
     else:
         names = set(settings) - {"dataset", "backbone"}
         config = temi.TrainConfig(device="cpu", **{name: settings[name] for name in names})
-        found = readings(temi.train(features, config, progress=False), features)
+        try:
+            found = readings(temi.train(features, config, progress=False), features)
+        except DivergenceError as error:
+            return [row | {"failed": str(error)}]
     return [row | {"reading": name} | scores(labels, features) for name, labels in found.items()]
 
 
@@ -88,7 +92,8 @@ def read(file: Path) -> pd.DataFrame:
     """The rows that are there; ``beta`` as text, empty for k-means."""
     if not file.exists():
         return pd.DataFrame(columns=COLUMNS)
-    return pd.read_csv(file, dtype={"beta": str}, keep_default_na=False)
+    table = pd.read_csv(file, dtype={"beta": str})
+    return table.fillna({"beta": ""})
 
 
 def complete(file: Path, runs: list[tuple[Features, dict]]) -> pd.DataFrame:
@@ -97,7 +102,8 @@ def complete(file: Path, runs: list[tuple[Features, dict]]) -> pd.DataFrame:
         if alike(read(file), row, RUN + KEY).any():
             continue
         rows = measure(features, row)
-        print(pd.DataFrame(rows)[[*RUN, "reading", *SCORES, "recall"]].to_string(), flush=True)
+        shown = pd.DataFrame(rows, columns=COLUMNS)[[*RUN, "reading", *SCORES, "recall", "failed"]]
+        print(shown.to_string(), flush=True)
         table = read(file)  # again: other runs may have come while this one took its time
         kept = table[~alike(table, row, RUN)].to_dict("records")
         write_whole(file, pd.DataFrame([*kept, *rows], columns=COLUMNS).to_csv(index=False))

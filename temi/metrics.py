@@ -107,10 +107,11 @@ def coverage_curve(labels: np.ndarray, classes: np.ndarray, sure: np.ndarray) ->
     ndarray [N], float64
         The last is :func:`cluster_accuracy`.
     """
+    sure = np.asarray(sure, dtype=np.float64)
     match = match_clusters(labels, classes)
     right = pd.Series(labels).map(match).to_numpy() == classes
-    level = pd.Series(right.astype(float)).groupby(np.asarray(sure)).transform("mean")
-    surest_first = level.to_numpy()[np.argsort(-np.asarray(sure), kind="stable")]
+    level = pd.Series(right.astype(float)).groupby(sure).transform("mean")
+    surest_first = level.to_numpy()[np.argsort(-sure, kind="stable")]
     return surest_first.cumsum() / np.arange(1, len(labels) + 1)
 
 

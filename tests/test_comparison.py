@@ -53,6 +53,18 @@ def test_rows_are_kept_and_changed_settings_redone(runs, tmp_path, monkeypatch):
     assert len(again) == len(table)
 
 
+def test_a_collapse_is_a_row(runs, tmp_path, monkeypatch):
+    def collapse(*arguments, **options):
+        raise comparison.DivergenceError(1, None, [0, 1], 0.1)
+
+    monkeypatch.setattr(comparison.temi, "train", collapse)
+    table = comparison.complete(tmp_path / "table.csv", runs())
+    failed = table[table["failed"].notna()]
+    assert failed["method"].to_list() == ["fast"]
+    assert failed["acc"].isna().all()
+    assert comparison.complete(tmp_path / "table.csv", runs()).equals(table)
+
+
 def test_the_mean_head_is_the_mean_of_their_scores(features):
     heads = RNG.integers(3, size=(4, 120))
     accuracies = [evaluate(labels, features.labels)["acc"] for labels in heads]

@@ -87,7 +87,7 @@ def test_coverage_by_hand():
     expected = [1, 1.5 / 2, 2 / 3, 3 / 4, 4 / 5]
     assert coverage_curve(labels, classes, sure).tolist() == pytest.approx(expected)
     other = [4, 3, 2, 1, 0]
-    turned = coverage_curve(labels[other], classes[other], sure[other])
+    turned = coverage_curve(labels[other], classes[other], sure[other].astype(np.float16))
     assert turned.tolist() == pytest.approx(expected)
     assert expected[-1] == cluster_accuracy(labels, classes)
 
