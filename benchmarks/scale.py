@@ -1,4 +1,4 @@
-"""Claim: a training of 1.28 million images and 1,000 clusters fits into 3 GB, its scores into 6.
+"""Claim: a training of 1.28 million images and 1,000 clusters fits into 3 GB.
 
 Measured with random embeddings, of which only the sizes matter:
 
@@ -7,10 +7,9 @@ Measured with random embeddings, of which only the sizes matter:
   million, as it grows with the square of their number;
 * the peak of anonymous resident memory (RssAnon: what cannot be dropped and read again from a file)
   of :func:`temi.train` on 1.28M x 768 embeddings in float16, memory-mapped, at 1,000 clusters, the
-  neighbours given and an epoch cut to some steps, everything after the epoch included;
-* time and peak memory of alignment, vote, soft consensus and scores for as many images, 16 heads
-  and 1,000 clusters.
+  neighbours given and an epoch cut to some steps, everything after the epoch included.
 
+What comes after a training, alignment, vote and scores, is measured by ``large_scores.py``.
 Linux alone, for /proc; 6 GB of memory and 2 GB of disk are needed.
 
     python benchmarks/scale.py
@@ -33,11 +32,8 @@ import torch
 
 import temi
 import temi.training
-from temi import ensemble
 from temi.embeddings import Features
 from temi.files import write_json
-from temi.heads import MultiHead
-from temi.metrics import cluster_accuracy, evaluate
 from temi.neighbors import nearest_neighbors
 
 FILE = Path(__file__).parents[1] / "results" / "benchmarks" / "scale.json"
@@ -106,40 +102,6 @@ def search_seconds(images: int, dim: int) -> float:
     return time.perf_counter() - clock
 
 
-def reading(images: int) -> dict:
-    """Seconds of each reading of 16 heads, and GB at the peak."""
-    random = np.random.default_rng(0)
-    classes = random.integers(0, CLUSTERS, images)
-    noise = random.random((HEADS, images)) < 0.5
-    labels = np.where(noise, random.integers(0, CLUSTERS, (HEADS, images)), classes)
-    heads = MultiHead(256, CLUSTERS, HEADS).requires_grad_(False)
-    x = torch.randn(images, 256)
-    seconds = {}
-
-    def timed(name: str, work):
-        clock = time.perf_counter()
-        result = work()
-        seconds[name] = round(time.perf_counter() - clock, 1)
-        return result
-
-    with AnonymousPeak() as memory:
-        alignment = timed("alignment", lambda: ensemble.align_heads(labels, CLUSTERS, 0))
-        aligned = ensemble.relabel(labels, alignment)
-        vote, _ = timed("vote", lambda: ensemble.vote(aligned, CLUSTERS, 0))
-        timed("accuracy, 16 heads", lambda: [cluster_accuracy(own, classes) for own in aligned])
-        timed("all scores of the vote", lambda: evaluate(vote, classes))
-        timed("NMI and ARI, 16 heads", lambda: [scores(own, classes) for own in aligned])
-        probs = ensemble.mean_probs(heads, x, alignment, 0.1)
-        timed("soft consensus", lambda: [chunk.argmax(dim=1) for chunk in probs])
-    return {"seconds": seconds, "peak_gb": memory.peak}
-
-
-def scores(labels: np.ndarray, classes: np.ndarray) -> tuple[float, float]:
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    return normalized_mutual_info_score(classes, labels), adjusted_rand_score(classes, labels)
-
-
 def alone(work, *arguments):
     """The work's result, from a process of its own, so that no memory of another is counted."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -166,7 +128,6 @@ def main() -> None:
     results = {"images": images, "dimensions": DIM, "clusters": CLUSTERS, "heads": HEADS}
     for name, measured in (
         ("training", lambda: alone(training, images)),
-        ("reading", lambda: alone(reading, images)),
         ("step_seconds", lambda: {n: alone(step_seconds, n) for n in (10**4, 10**5, 10**6)}),
         ("search_seconds", lambda: {n: alone(search_seconds, n, 256) for n in (10**4, 10**5)}),
     ):

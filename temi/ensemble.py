@@ -10,6 +10,7 @@ from torch import Tensor
 from temi.heads import MultiHead
 
 CHUNK = 1024  # images at a time where each has H x K or K numbers
+LOGITS = 2**21  # of a chunk: 8 MB, which is faster than memory that is asked for anew each time
 
 
 def align_heads(head_labels: np.ndarray, num_clusters: int, reference: int) -> np.ndarray:
@@ -132,8 +133,9 @@ def agreement_between_heads(aligned_labels: np.ndarray) -> np.ndarray:
 
 def head_logits(heads: MultiHead, x: Tensor) -> Iterator[Tensor]:
     """Logits [H, chunk, K] of embeddings [N, D], some rows at a time, on the heads' device."""
+    rows = max(1, min(CHUNK, LOGITS // heads.gain.numel()))
     with torch.inference_mode():
-        for chunk in x.split(CHUNK):
+        for chunk in x.split(rows):
             yield heads(chunk.to(heads.gain.device))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import bootstrap, entropy
 from sklearn import metrics as sklearn_metrics
@@ -38,15 +39,30 @@ def match_clusters(labels: np.ndarray, classes: np.ndarray) -> dict[int, int]:
     return {int(cluster_ids[c]): int(class_ids[r]) for r, c in zip(rows, columns, strict=True)}
 
 
-def matched_counts(labels: np.ndarray, classes: np.ndarray) -> pd.DataFrame:
+def matched_counts(
+    labels: np.ndarray, classes: np.ndarray, *, by_similarity: bool = False
+) -> pd.DataFrame:
     """How many images of each class (rows) are in each cluster (columns).
 
     The clusters stand in the order of the classes that :func:`match_clusters` gives them, so that
     what is right stands on the diagonal; those without a class come last.
+
+    Parameters
+    ----------
+    labels, classes : array [N] of int
+        Cluster and class of each image.
+    by_similarity : bool
+        Order the classes so that those whose images fall into the same clusters stand side by side
+        (leaves of an average-linkage tree, cosine distance between the rows of counts); else they
+        keep their numbers' order.
     """
     counts = pd.crosstab(classes, labels)
+    if by_similarity and len(counts) > 2:
+        tree = linkage(counts, "average", metric="cosine", optimal_ordering=True)
+        counts = counts.iloc[leaves_list(tree)]
     match = match_clusters(labels, classes)
-    return counts[sorted(counts.columns, key=lambda c: match.get(c, np.inf))]
+    place = {label: row for row, label in enumerate(counts.index)}
+    return counts[sorted(counts.columns, key=lambda c: place.get(match.get(c), np.inf))]
 
 
 def cluster_accuracy(labels: np.ndarray, classes: np.ndarray) -> float:
@@ -73,6 +89,30 @@ def class_recall(labels: np.ndarray, classes: np.ndarray) -> pd.Series:
     match = match_clusters(labels, classes)
     right = pd.Series(labels).map(match).to_numpy() == classes
     return pd.Series(right).groupby(np.asarray(classes)).mean()
+
+
+def coverage_curve(labels: np.ndarray, classes: np.ndarray, sure: np.ndarray) -> np.ndarray:
+    """Accuracy of the surest image, of the surest two, and so on to all.
+
+    Parameters
+    ----------
+    labels, classes : array [N] of int
+        Cluster and class of each image, matched once over all images by :func:`match_clusters`.
+    sure : array [N] of float
+        How sure each label is, such as the agreement of the heads. Images that are equally sure
+        count as their mean, so that the order in which they stand does not matter.
+
+    Returns
+    -------
+    ndarray [N], float64
+        The last is :func:`cluster_accuracy`.
+    """
+    sure = np.asarray(sure, dtype=np.float64)
+    match = match_clusters(labels, classes)
+    right = pd.Series(labels).map(match).to_numpy() == classes
+    level = pd.Series(right.astype(float)).groupby(sure).transform("mean")
+    surest_first = level.to_numpy()[np.argsort(-sure, kind="stable")]
+    return surest_first.cumsum() / np.arange(1, len(labels) + 1)
 
 
 def confidence_interval(

@@ -123,3 +123,14 @@ def test_mean_probs_against_a_plain_loop(monkeypatch):
     monkeypatch.setattr(ensemble, "CHUNK", 10)
     found = torch.cat(list(mean_probs(heads, x, alignment, 0.1, weights))).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(60, 4), (10**6, 10), (1, 1)])
+def test_chunks_of_logits_stay_small(limit, rows, monkeypatch):
+    """As many rows as the limit on logits allows, no more than a chunk, and at least one."""
+    monkeypatch.setattr(ensemble, "CHUNK", 10)
+    monkeypatch.setattr(ensemble, "LOGITS", limit)
+    heads, x = MultiHead(8, K, 3, 16, 4), torch.randn(25, 8)
+    chunks = list(ensemble.head_logits(heads, x))
+    assert max(chunk.shape[1] for chunk in chunks) == rows
+    torch.testing.assert_close(torch.cat(chunks, dim=1), heads(x).detach())

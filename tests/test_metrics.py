@@ -10,6 +10,7 @@ from temi.metrics import (
     cluster_accuracy,
     cluster_statistics,
     confidence_interval,
+    coverage_curve,
     evaluate,
     learnability,
     match_clusters,
@@ -67,6 +68,30 @@ def test_matched_counts_have_what_is_right_on_the_diagonal():
     table = matched_counts(labels, classes)
     assert table.columns.to_list() == [9, 4, 2]  # of class 0, of class 1, of none
     assert table.to_numpy().tolist() == [[2, 1, 1], [0, 2, 0]]
+
+
+def test_similar_classes_stand_side_by_side():
+    """Classes 0 and 2 share clusters, so do 1 and 3; every order keeps all counts."""
+    classes = np.repeat([0, 1, 2, 3], 20)
+    labels = np.concatenate([np.arange(20) % 20 // 15 * 2 + c for c in (0, 1)] +
+                            [2 - np.arange(20) // 15 * 2 + c for c in (0, 1)])  # fmt: skip
+    table = matched_counts(labels, classes, by_similarity=True)
+    order = table.index.to_list()
+    assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 2}), frozenset({1, 3})}
+    assert np.trace(table.to_numpy()) == np.trace(matched_counts(labels, classes).to_numpy()) == 60
+    two = matched_counts(np.array([5, 5, 4]), np.array([0, 0, 1]), by_similarity=True)
+    assert two.columns.to_list() == [5, 4]
+
+
+def test_coverage_by_hand():
+    classes, labels = np.array([0, 0, 0, 1, 1]), np.array([7, 7, 8, 8, 8])
+    sure = np.array([0.9, 0.2, 0.5, 0.5, 0.1])  # wrong: the third, as sure as the fourth
+    expected = [1, 1.5 / 2, 2 / 3, 3 / 4, 4 / 5]
+    assert coverage_curve(labels, classes, sure).tolist() == pytest.approx(expected)
+    other = [4, 3, 2, 1, 0]
+    turned = coverage_curve(labels[other], classes[other], sure[other].astype(np.float16))
+    assert turned.tolist() == pytest.approx(expected)
+    assert expected[-1] == cluster_accuracy(labels, classes)
 
 
 @pytest.mark.parametrize("labels", [[], [0, 1]])
