@@ -85,6 +85,15 @@ def test_is_small_and_in_the_book(path):
     assert f"notebooks/{path.stem}" in pages
 
 
+def test_the_book_is_read_in_an_afternoon():
+    """Code and text at 230 words a minute: a chapter in 25 minutes, all of them in three hours."""
+    notebooks = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
+    words = [sum(len(cell.source.split()) for cell in notebook.cells) for notebook in notebooks]
+    assert max(words) < 25 * 230
+    pages = [path.read_text() for path in ROOT.glob("*.md")]
+    assert sum(words) + sum(len(page.split()) for page in pages) < 180 * 230
+
+
 @pytest.mark.parametrize("folder", [".", "notebooks"])
 def test_papermill_runs_from_root_and_from_the_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TEMI_HOME", str(tmp_path))
