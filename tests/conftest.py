@@ -1,5 +1,6 @@
 """What tests in several files share."""
 
+import shutil
 import signal
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from plain_dinov2 import release
 
 from temi.backbones import load_backbone
+
+CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +27,17 @@ def small(request, tmp_path_factory):
     tensors = release(request.param)
     torch.save(tensors, path)
     return request.param, tensors, path, load_backbone(request.param, weights=path)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, for the pages that are looked at; what needs it is skipped without."""
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright, which drives the browser, is not installed"
+    )
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -2,7 +2,6 @@
 
 import gzip
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
 LOCK = (ROOT / "requirements.lock").read_text()
-CHROMIUM = shutil.which("chromium")
 WEIGHT = 2_000_000  # bytes that a page may load in all, texts compressed as servers send them
 LOADING = {  # what a page loads by itself, and where its address stands
     "script": ("src",), "link": ("href",), "img": ("src", "srcset"), "iframe": ("src",),
@@ -177,19 +175,6 @@ def test_licences_are_those_that_timm_states():
 
 
 # in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright, which drives the browser, is not installed"
-    )
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

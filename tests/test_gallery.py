@@ -2,7 +2,6 @@ import base64
 import io
 import json
 import re
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,6 @@ from PIL import Image
 import temi
 from temi import gallery
 
-CHROMIUM = shutil.which("chromium")
 NAMES = ("<script>alert(1)<|script>.png", "a\"b'c.png", "né 日本.png", "</script>.png")
 WIDTHS = [1280, 390]
 
@@ -144,19 +142,6 @@ def test_other_arguments_are_refused(photos, tmp_path):
 
 
 # in a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright, which drives the browser, is not installed"
-    )
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
