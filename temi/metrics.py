@@ -81,14 +81,18 @@ def purity(labels: np.ndarray, classes: np.ndarray) -> float:
     return float(contingency_matrix(classes, labels).max(axis=0).sum() / len(labels))
 
 
+def _right(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Whether each image is in the cluster that :func:`match_clusters` gives its class."""
+    match = match_clusters(labels, classes)
+    return pd.Series(labels).map(match).to_numpy() == classes
+
+
 def class_recall(labels: np.ndarray, classes: np.ndarray) -> pd.Series:
     """Share of each class's images that are in the cluster matched with it, by class.
 
     0 for a class that :func:`match_clusters` leaves without a cluster.
     """
-    match = match_clusters(labels, classes)
-    right = pd.Series(labels).map(match).to_numpy() == classes
-    return pd.Series(right).groupby(np.asarray(classes)).mean()
+    return pd.Series(_right(labels, classes)).groupby(np.asarray(classes)).mean()
 
 
 def coverage_curve(labels: np.ndarray, classes: np.ndarray, sure: np.ndarray) -> np.ndarray:
@@ -108,9 +112,7 @@ def coverage_curve(labels: np.ndarray, classes: np.ndarray, sure: np.ndarray) ->
         The last is :func:`cluster_accuracy`.
     """
     sure = np.asarray(sure, dtype=np.float64)
-    match = match_clusters(labels, classes)
-    right = pd.Series(labels).map(match).to_numpy() == classes
-    level = pd.Series(right.astype(float)).groupby(sure).transform("mean")
+    level = pd.Series(_right(labels, classes).astype(float)).groupby(sure).transform("mean")
     surest_first = level.to_numpy()[np.argsort(-sure, kind="stable")]
     return surest_first.cumsum() / np.arange(1, len(labels) + 1)
 
