@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -21,6 +22,9 @@ from pydantic_settings import (
 from temi.config import RECIPES, TrainConfig
 from temi.extraction import ExtractionConfig
 from temi.parameters import JobConfig
+
+if TYPE_CHECKING:
+    import temi
 
 SOURCE = ("split", "backbone", "image_size", "weights", "data_dir", "force_recompute")
 
@@ -76,11 +80,12 @@ class Cluster(Summary, Training, create_model("Photos", **options(
 
     def work(self) -> dict:
         import temi
+        from temi import distributed
 
         out = Path(self.out).expanduser().absolute()
         job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
         config = _settings(self, TrainConfig)
-        images = job.load()
+        images = distributed.first_ahead(job.load)
         if not isinstance(images, temi.ImageSet):
             raise ValueError(
                 f"folder={self.folder!r}: holds embeddings; 'python -m temi train' takes those"
@@ -88,12 +93,21 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         features = None
         if config.num_clusters is None:  # the number of classes is nothing that images know
             features = job.embed(images, config)
-            suggested = temi.suggest_num_clusters(features, seed=config.seed)
-            print(f"num_clusters={suggested.num_clusters} is suggested by the images themselves")
-            config = dataclasses.replace(config, num_clusters=suggested.num_clusters)
-        config, run_dir = temi.plan_run(job, config, images)
+            suggest = partial(temi.suggest_num_clusters, features, seed=config.seed)
+            number = distributed.from_first(suggest).num_clusters
+            print(f"num_clusters={number} is suggested by the images themselves")
+            config = dataclasses.replace(config, num_clusters=number)
+        config, run_dir = distributed.from_first(partial(temi.plan_run, job, config, images))
         features = features or job.embed(images, config)
         run = temi.train(features, config, images=images, run_dir=run_dir, **job.options)
+        return distributed.from_first(partial(self.write, run, images, features, out))
+
+    def write(
+        self, run: "temi.Run", images: "temi.ImageSet", features: "temi.Features", out: Path
+    ) -> dict:
+        """Table, gallery and sorted folders of a run; a summary."""
+        import temi
+
         shown = images.keep(features.ids)
         table = temi.assignments(run, features)
         temi.write_assignments(table, out)
@@ -103,11 +117,11 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         )
         if self.sort:
             temi.sort_images(table, shown, out / "sorted", how=self.sort)
-        sizes = np.bincount(run.labels, minlength=config.num_clusters)
+        sizes = np.bincount(run.labels, minlength=int(run.config.num_clusters))
         return {
             "images": len(features),
             "unreadable": len(images) - len(features),
-            "clusters": config.num_clusters,
+            "clusters": run.config.num_clusters,
             "sizes": sizes.tolist(),
             "mean_agreement": round(float(run.agreement.mean()), 4),
             "files": sorted(str(path) for path in out.iterdir()),
@@ -153,10 +167,11 @@ class Train(Summary, Training, Source):
 
     def work(self) -> dict:
         import temi
+        from temi import distributed
 
         job, config = _settings(self, JobConfig), _settings(self, TrainConfig)
-        data = job.load()
-        config, run_dir = temi.plan_run(job, config, data)
+        data = distributed.first_ahead(job.load)
+        config, run_dir = distributed.from_first(partial(temi.plan_run, job, config, data))
         images = data if isinstance(data, temi.ImageSet) else None
         features = job.embed(data, config)
         temi.train(features, config, images=images, run_dir=run_dir, **job.options)
@@ -178,8 +193,10 @@ class Embed(Summary, create_model("Extraction", **options(
 
     def work(self) -> dict:
         import temi
+        from temi import distributed
 
-        images = temi.load_images(self.dataset, split=self.split, data_dir=self.data_dir)
+        load = partial(temi.load_images, self.dataset, split=self.split, data_dir=self.data_dir)
+        images = distributed.first_ahead(load)
         given = self.model_dump(exclude={"dataset", "split", "json_summary"})
         features = temi.embed(images, given.pop("backbone"), **given)
         manifest = features.manifest
@@ -236,17 +253,22 @@ def main(arguments: list[str] | None = None) -> int:
         option = str(first["loc"][1]).replace("_", "-")
         print(f"error: --{option} {first['input']!r}: {first['msg']}", file=sys.stderr)
         return 2
+    from temi import distributed  # imports torch
+
     shown = sys.stderr if command.json_summary else sys.stdout
     try:
-        with contextlib.redirect_stdout(shown):
+        with contextlib.redirect_stdout(shown), distributed.one_voice():
             summary = command.work()
-    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (
+        ValueError, OSError, MemoryError, FloatingPointError, distributed.RankLostError
+    ) as error:  # fmt: skip
+        distributed.say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command with --resume auto goes on", file=sys.stderr)
+        distributed.say("stopped; the same command with --resume auto goes on")
         return 130
-    print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))
+    if distributed.is_first():
+        print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))
     return 0
 
 

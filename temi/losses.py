@@ -8,6 +8,8 @@ Models", BMVC 2023.
 import torch
 from torch import Tensor
 
+from temi import distributed
+
 SCAN_ENTROPY = 5.0  # weight of the entropy in the published settings of SCAN
 
 
@@ -19,7 +21,8 @@ def update_marginal(marginal: Tensor, teacher_probs: Tensor, momentum: float = 0
     marginal : Tensor [H, K]
         Estimate before this batch; it starts uniform, 1 / K.
     teacher_probs : Tensor [H, 2B, K]
-        Teacher probabilities of both views.
+        Teacher probabilities of both views. Where several processes share a batch, of this one's
+        part: the estimate is that of the whole batch.
     momentum : float
         Share of the old estimate that is kept.
 
@@ -29,7 +32,7 @@ def update_marginal(marginal: Tensor, teacher_probs: Tensor, momentum: float = 0
         New estimate, floored at the smallest normal number of its dtype: a cluster that no image
         uses would otherwise reach zero and make the loss infinite.
     """
-    batch_mean = teacher_probs.mean(dim=1).to(marginal.dtype)  # (H, K)
+    batch_mean = distributed.mean(teacher_probs.mean(dim=1)).to(marginal.dtype)  # (H, K)
     updated = momentum * marginal + (1 - momentum) * batch_mean
     return updated.clamp_min(torch.finfo(marginal.dtype).tiny)
 
@@ -150,5 +153,6 @@ def scan_loss(log_probs: Tensor, group_size: int = 2) -> Tensor:
     for shift in range(batch_size, rows, batch_size):  # rolls to each partner
         together = (log_probs + log_probs.roll(shift, dims=1)).logsumexp(dim=-1)  # (H, G * B)
         total = total - together.mean(dim=-1)
-    entropy = torch.special.entr(log_probs.exp().mean(dim=1)).sum(dim=-1)  # (H)
+    batch_mean = distributed.mean(log_probs.exp().mean(dim=1))  # (H, K)
+    entropy = torch.special.entr(batch_mean).sum(dim=-1)  # (H)
     return total / (group_size - 1) - SCAN_ENTROPY * entropy

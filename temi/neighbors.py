@@ -10,12 +10,16 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
+from temi import distributed
+
 LARGEST = 2**25  # similarities in memory at a time: 128 MiB in fp32
 EXACT_UP_TO = 250_000  # rows that a CPU compares with all others in some minutes; 5 million: days
 PROBES = 64  # cells looked into; see approximate_neighbors
 
 
-def nearest_neighbors(x: Tensor, k: int, chunk_size: int | None = None) -> tuple[Tensor, Tensor]:
+def nearest_neighbors(
+    x: Tensor, k: int, chunk_size: int | None = None, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
     """The k most similar other rows of each row.
 
     Works through ``chunk_size`` rows at a time, so that the N x N similarities never stand in
@@ -31,12 +35,14 @@ def nearest_neighbors(x: Tensor, k: int, chunk_size: int | None = None) -> tuple
         Rows compared with all others at a time; None: as many as keep their similarities under
         128 MiB in fp32, whatever N and D. Beside these stand ``x`` once more, normalised, and the
         result.
+    rows : slice
+        Rows whose neighbours are wanted, among all: M of them; by default N.
 
     Returns
     -------
-    indices : Tensor [N, k], int64
+    indices : Tensor [M, k], int64
         Most similar first.
-    similarities : Tensor [N, k]
+    similarities : Tensor [M, k]
         Cosine similarities, of the dtype of ``x``; float32 for half precision.
 
     Raises
@@ -60,22 +66,24 @@ def nearest_neighbors(x: Tensor, k: int, chunk_size: int | None = None) -> tuple
     x = F.normalize(x.float() if x.dtype.itemsize < 4 else x, dim=1)
     x = F.pad(x, (0, 0, 0, groups * members - count))  # rows of zeros
     steps = torch.arange(members, device=x.device).unsqueeze(1) * groups  # (members, 1)
-    indices = torch.empty(count, k, dtype=torch.int64, device=x.device)
-    similarities = torch.empty(count, k, dtype=x.dtype, device=x.device)
-    for start in range(0, count, chunk_size):
-        rows = torch.arange(start, min(start + chunk_size, count), device=x.device)
-        similarity = x[rows] @ x.T  # (rows, members * groups)
+    wanted = torch.arange(count, device=x.device)[rows]
+    indices = torch.empty(len(wanted), k, dtype=torch.int64, device=x.device)
+    similarities = torch.empty(len(wanted), k, dtype=x.dtype, device=x.device)
+    for start in range(0, len(wanted), chunk_size):
+        chunk = wanted[start : start + chunk_size]
+        similarity = x[chunk] @ x.T  # (chunk, members * groups)
         similarity[:, count:] = -torch.inf
-        similarity[torch.arange(len(rows), device=x.device), rows] = -torch.inf
-        maxima = similarity.unflatten(1, (members, groups)).amax(dim=1)  # (rows, groups)
-        best = maxima.topk(k, sorted=False).indices  # (rows, k)
-        columns = (best.unsqueeze(1) + steps).flatten(1)  # (rows, members * k)
-        similarities[rows], chosen = similarity.gather(1, columns).topk(k)
-        indices[rows] = columns.gather(1, chosen)
+        similarity[torch.arange(len(chunk), device=x.device), chunk] = -torch.inf
+        maxima = similarity.unflatten(1, (members, groups)).amax(dim=1)  # (chunk, groups)
+        best = maxima.topk(k, sorted=False).indices  # (chunk, k)
+        columns = (best.unsqueeze(1) + steps).flatten(1)  # (chunk, members * k)
+        found = slice(start, start + len(chunk))
+        similarities[found], chosen = similarity.gather(1, columns).topk(k)
+        indices[found] = columns.gather(1, chosen)
     return indices, similarities
 
 
-def approximate_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
     """Most of the k most similar other rows of each row, in far less time than all of them.
 
     An inverted file of faiss (the extra ``large``): k-means deals the rows out to
@@ -90,12 +98,14 @@ def approximate_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         Embeddings; they need not be normalised.
     k : int
         Neighbours of each row.
+    rows : slice
+        Rows whose neighbours are wanted, among all: M of them; by default N.
 
     Returns
     -------
-    indices : Tensor [N, k], int64
+    indices : Tensor [M, k], int64
         Most similar first.
-    similarities : Tensor [N, k], float32
+    similarities : Tensor [M, k], float32
         Cosine similarities.
 
     Raises
@@ -110,32 +120,38 @@ def approximate_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     count = len(x)
     if not 1 <= k < count:
         raise ValueError(f"num_neighbors={k}: 1 to {count - 1} is allowed with {count} rows")
-    rows = F.normalize(x.float(), dim=1).cpu().numpy()
+    vectors = F.normalize(x.float(), dim=1).cpu().numpy()
     cells = min(math.isqrt(16 * count), count // 39)  # faiss wants 39 rows a cell to learn from
-    width = rows.shape[1]
+    width = vectors.shape[1]
     centers = faiss.IndexFlatIP(width)
     index = faiss.IndexIVFFlat(centers, width, max(1, cells), faiss.METRIC_INNER_PRODUCT)
-    index.train(rows)
-    index.add(rows)
+    index.train(vectors)
+    index.add(vectors)
     index.nprobe = PROBES
-    similarities, indices = map(torch.from_numpy, index.search(rows, k + 1))  # (N, k + 1)
+    similarities, indices = map(torch.from_numpy, index.search(vectors[rows], k + 1))  # (M, k + 1)
     if (indices < 0).any():
         raise ValueError(
             f"num_neighbors={k}: the cells that were searched hold fewer; a smaller number, or "
             "nearest_neighbors, which is exact, is needed"
         )
-    own = indices == torch.arange(count).unsqueeze(1)
+    own = indices == torch.arange(count)[rows].unsqueeze(1)
     own[~own.any(dim=1), -1] = True  # where copies of a row have taken its place
     keep = ~own
-    indices, similarities = indices[keep].view(count, k), similarities[keep].view(count, k)
+    indices, similarities = indices[keep].view(-1, k), similarities[keep].view(-1, k)
     return indices.to(x.device), similarities.to(x.device)
 
 
 def search_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Neighbours and similarities: exact, or approximate of many rows on a CPU that has faiss."""
+    """Neighbours and similarities: exact, or approximate of many rows on a CPU that has faiss.
+
+    Several processes share the rows; each ends with the neighbours of all.
+    """
     many = len(x) > EXACT_UP_TO and x.device.type == "cpu"
     approximate = many and importlib.util.find_spec("faiss") is not None
-    return (approximate_neighbors if approximate else nearest_neighbors)(x, k)
+    search = approximate_neighbors if approximate else nearest_neighbors
+    found = search(x, k, rows=distributed.share(len(x)))
+    indices, similarities = (distributed.gather_rows(part, len(x)) for part in found)
+    return indices, similarities
 
 
 def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:

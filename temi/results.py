@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from temi import distributed
 from temi.baselines import kmeans
 from temi.config import TrainConfig
 from temi.embeddings import Features
@@ -102,6 +103,7 @@ def final_results(
             "seed": config.seed,
             "device": str(run.teacher.gain.device),
             "threads": torch.get_num_threads(),
+            "processes": distributed.processes(),
             "machine": platform.machine(),
             "versions": _versions(),
             "seconds": run.seconds,

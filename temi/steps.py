@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from temi import distributed
 from temi.config import TrainConfig
 from temi.devices import half_precision
 from temi.heads import MultiHead
@@ -18,6 +19,7 @@ class TrainState:
     """The networks and all that a training step changes, and what it says of itself."""
 
     student: MultiHead
+    averaged: nn.Module  # the student, its gradients averaged over the ranks
     teacher: MultiHead
     marginal: Tensor  # (H, K)
     optimizer: torch.optim.Optimizer
@@ -35,6 +37,7 @@ class TrainState:
             follows.grad = leads.detach()  # the same memory, so always the present student
         return cls(
             student=student,
+            averaged=distributed.averaged(student),
             teacher=teacher,
             marginal=torch.full_like(gain, 1 / gain.shape[1]),
             optimizer=torch.optim.AdamW(student.parameter_groups(weight_decay), fused=True),
@@ -44,6 +47,11 @@ class TrainState:
                 teacher.parameters(), weight_decay=1.0, maximize=True, fused=True
             ),
         )
+
+    def freeze_last_layer(self, frozen: bool) -> None:
+        """Take the student's last layer out of training, or put it back."""
+        self.student.freeze_last_layer(frozen)
+        self.averaged = distributed.averaged(self.student)  # of what has gradients from here on
 
     def capture(self) -> dict:
         """A copy that later steps do not change, of tensors, numbers, texts, dicts and lists."""
@@ -82,7 +90,7 @@ def training_step(
         Changed in place.
     views : Tensor [G * B, D]
         Rows 0 .. B-1 are the anchors, each further B rows one neighbour of each; G is
-        ``config.group_size``.
+        ``config.group_size``. Where several processes share a batch, this one's part.
     config : TrainConfig
     learning_rate : float
         Of this step.
@@ -92,10 +100,10 @@ def training_step(
     Returns
     -------
     Tensor [H]
-        Loss of each head before the step, detached.
+        Loss of each head on the whole batch, before the step, detached.
     """
     with half_precision(config.precision, views.device):
-        student_logits = state.student(views)  # (H, G * B, K)
+        student_logits = state.averaged(views)  # (H, G * B, K)
         with torch.no_grad():
             teacher_logits = state.teacher(views)  # (H, G * B, K)
     head_losses, marginal = temi_loss(
@@ -110,7 +118,7 @@ def training_step(
     )
     state.optimizer.zero_grad()
     head_losses.mean().backward()
-    head_losses = head_losses.detach()
+    head_losses = distributed.mean(head_losses.detach())
 
     gradients = [p.grad.flatten(1) for p in state.student.parameters() if p.grad is not None]
     norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients]).norm(dim=0)  # (H)

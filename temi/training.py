@@ -6,6 +6,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from temi import distributed
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.devices import is_out_of_memory, resolve_device
@@ -20,7 +22,7 @@ from temi.embeddings import Features, check_embeddings, mean_embedding, normaliz
 from temi.neighbors import search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
-from temi.rundirs import check_resumable, find_place
+from temi.rundirs import Place, check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
 from temi.steps import TrainState, draw_pairs, learning_rate_at, teacher_temp_at, training_step
@@ -47,6 +49,9 @@ def train(
 ) -> Run:
     """Train an ensemble of clustering heads on embeddings.
 
+    Under ``torchrun`` the processes share each batch, and the neighbour search, in equal parts: the
+    training is that of one process, but for rounding. Rank 0 alone writes.
+
     Parameters
     ----------
     features : Features or ndarray [N, D]
@@ -71,12 +76,15 @@ def train(
     ------
     ValueError
         Before any work, if the embeddings are not finite rows [N, D], if clusters, neighbours or
-        batch do not fit their number, if ``run_dir`` holds something that would be lost, or if
+        batch do not fit their number, if several processes cannot share the batch equally, if
+        ``run_dir`` holds something that would be lost, or if
         ``resume`` names no whole checkpoint of the same data and settings. More epochs are no
         other setting, where the schedule is constant.
     temi.trouble.DivergenceError
         A FloatingPointError: a loss or gradient is not finite, or clusters have collapsed, and
         ``on_divergence`` is "stop" or five retries did not help.
+    temi.distributed.RankLostError
+        A RuntimeError: another process of the same training has ended.
     MemoryError
         If a step does not fit into memory; says which batch would.
     KeyboardInterrupt
@@ -92,9 +100,8 @@ def train(
     config = config.resolve(len(features), features.num_classes)
     device = resolve_device(config.device)
     settings = run_settings(features.dataset, features.backbone, config)
-    place = find_place(run_dir, settings, options)
     fingerprint = hashlib.sha256(np.ascontiguousarray(features.x).data).hexdigest()
-    resumed = place.load()
+    place, resumed = distributed.from_first(partial(_open, run_dir, settings, options))
     if resumed:
         check_resumable(resumed[1], settings, fingerprint)
 
@@ -111,6 +118,7 @@ def train(
         batch = resumed[1]["config"]["batch_size"] if resumed else auto_batch(config, x)
         config = dataclasses.replace(config, batch_size=batch)
         settings["batch_size"] = batch
+    distributed.check_divides(int(config.batch_size))
     neighbors, _ = search_neighbors(x, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
@@ -123,6 +131,8 @@ def train(
     bar = tqdm(
         total=config.epochs, desc="training", unit="epoch", file=sys.stdout, disable=not progress
     )
+    if not distributed.is_first():
+        place = Place(None, None, None)  # which writes nothing
     with Record(place, settings, options, resumed) as record:
         with Signals() as signals, bar:
             while training.epoch < config.epochs:
@@ -132,20 +142,23 @@ def train(
                 except DivergenceError as error:
                     if options.on_divergence == "stop" or len(training.retries) == RETRIES:
                         steps = good["step"] if error.collapse else training.step
-                        record.emergency(rewind, training, good, steps)
+                        save = partial(record.emergency, rewind, training, good, steps)
+                        distributed.from_first(save)
                         raise
                     tqdm.write(f"{error}; trying again", file=sys.stdout)
                     retry(training, good, error)
                     good = training.capture()
                     continue
                 except BaseException as error:
+                    if distributed.is_lost(error):  # the last checkpoint is what all of them had
+                        raise distributed.RankLostError from error
                     record.emergency(rewind, training, good, training.step)
                     if is_out_of_memory(error):
                         traceback.clear_frames(error.__traceback__)  # they hold its tensors
                         raise MemoryError(what_fits(config, x)) from error
                     raise
                 if not whole:
-                    record.emergency(training.capture)
+                    distributed.from_first(partial(record.emergency, training.capture))
                     record.close()
                     signals.act()
                 last = training.epoch == config.epochs
@@ -160,8 +173,16 @@ def train(
                 signals.act()
         if run is None:  # nothing was left to train
             run = training.run_now(seconds, exact=True)
-        record.finish(run, features, images)
+        distributed.from_first(partial(record.finish, run, features, images))
     return run
+
+
+def _open(
+    run_dir: str | Path | None, settings: dict, options: RunOptions
+) -> tuple[Place, tuple[Path, dict] | None]:
+    """Where a run may grow, and the checkpoint that it goes on from."""
+    place = find_place(run_dir, settings, options)
+    return place, place.load()
 
 
 def run_epoch(
@@ -200,21 +221,24 @@ def run_epoch(
     pairs = draw_pairs(
         training.neighbors, int(config.batch_size), generator, config.group_size
     )  # (steps, G * B)
-    training.state.student.freeze_last_layer(training.epoch == 0)
+    training.state.freeze_last_layer(training.epoch == 0)
+    groups = pairs.unflatten(1, (config.group_size, -1))  # (steps, G, B)
+    own = groups[:, :, distributed.share(int(config.batch_size))].flatten(1)  # this rank's part
     on_cpu = training.x.device.type == "cpu"
     finite = []  # of the steps since the last look
     for step in range(training.step, len(pairs) if until is None else until):
-        if signals and signals.received:
+        if signals and distributed.any_of(signals.received is not None):
             training.seconds = time.perf_counter() - clock
             return False
         number = training.epoch * len(pairs) + step
         rate = training.learning_rate(number, len(pairs))
         temperature = teacher_temp_at(number, len(pairs), config)
-        views = training.x[pairs[step]]  # (G * B, D)
+        views = training.x[own[step]]  # (G * B, D), of several ranks each its share of the B
         losses = training_step(training.state, views, config, rate, temperature)
         training.losses += losses
         training.gradient_norm += training.state.gradient_norm
-        training.labels[:, pairs[step, : config.batch_size]] = training.state.assigned.int()
+        assigned = distributed.gather_rows(training.state.assigned.T, int(config.batch_size))
+        training.labels[:, groups[step, 0]] = assigned.T.int()
         training.step += 1
         finite.append(training.state.finite)
         logged = (number + 1) % training.log_every == 0
@@ -273,7 +297,8 @@ def rewind(training: Training, good: dict, steps: int) -> dict:
     """
     try:
         training.restore(good)
-        run_epoch(training, until=steps)
+        with distributed.alone():
+            run_epoch(training, until=steps)
         return training.capture()
     except Exception as error:
         back = f"the state goes back to step {good['step']} of the epoch: {error}"

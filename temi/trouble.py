@@ -8,6 +8,7 @@ import traceback
 import torch
 from torch import Tensor
 
+from temi import distributed
 from temi.config import RECIPES, TrainConfig
 from temi.devices import is_out_of_memory
 from temi.heads import MultiHead
@@ -115,7 +116,8 @@ class Signals:
 def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
     """``largest`` pairs or its half, quarter …: the first with which a step fits into memory.
 
-    Tried on embeddings ``x`` [N, D] with heads that are thrown away. 0 if not even one pair fits.
+    Tried on embeddings ``x`` [N, D] with heads that are thrown away, without other processes. 0 if
+    not even one pair fits.
     """
     batch = largest
     while batch:
@@ -123,7 +125,8 @@ def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
             heads = MultiHead(x.shape[1], config.num_clusters, config.num_heads).to(x.device)
             rows = torch.arange(config.group_size * batch, device=x.device)
             views = x[rows % len(x)]  # (G * B, D)
-            training_step(TrainState.start(heads, 0.0), views, config, 0.0)
+            with distributed.alone():
+                training_step(TrainState.start(heads, 0.0), views, config, 0.0)
             break
         except Exception as error:
             if not is_out_of_memory(error):
@@ -137,11 +140,16 @@ def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
 
 
 def auto_batch(config: TrainConfig, x: Tensor) -> int:
-    """What ``batch_size="auto"`` means: the recipe's, at most all images, halved until it fits."""
-    batch = fitting_batch(config, x, min(len(x), RECIPES[config.recipe]["batch_size"]))
+    """What ``batch_size="auto"`` means: the recipe's, at most all images, halved until it fits.
+
+    Of several processes, each takes its part of it; what fits is tried by the first.
+    """
+    parts = distributed.count()
+    largest = min(len(x), RECIPES[config.recipe]["batch_size"]) // parts
+    batch = distributed.from_first(lambda: fitting_batch(config, x, max(1, largest)))
     if not batch:
         raise MemoryError(f"batch_size='auto': not even one pair fits into memory on {x.device}")
-    return batch
+    return batch * parts
 
 
 def what_fits(config: TrainConfig, x: Tensor) -> str:

@@ -111,6 +111,33 @@ def test_changed_code_redoes_the_rows_that_it_makes(run, monkeypatch):
     assert all("/kmeans-" in name for name in computed)
 
 
+def test_rearranged_code_is_verified_on_some_rows(run, monkeypatch):
+    before, _ = run("--seeds", "2")
+    for method, parts in ablations.CODE.items():
+        monkeypatch.setitem(ablations.CODE, method, (*parts, stability))
+    table, computed = run("--seeds", "2", "--verify", "1")
+    methods = sorted(name.split("/")[2] for name in computed)
+    assert methods == ["kmeans-center-l2", "kmeans-none", "temi"]  # one row of each, and no more
+    assert not set(table["code"]) & set(before["code"])
+    pd.testing.assert_frame_equal(table.drop(columns="code"), before.drop(columns="code"))
+    labels = [ablations.cache(row) for row in table.to_dict("records")]
+    assert all(path.exists() for path in labels)
+    assert run("--seeds", "2")[1] == []
+
+
+def test_code_that_computes_something_else_is_not_verified(run, monkeypatch, capsys):
+    before, _ = run("--seeds", "1")
+    monkeypatch.setitem(ablations.CODE, "temi", (*ablations.CODE["temi"], stability))
+    silhouette = ablations.temi.silhouette
+    monkeypatch.setattr(ablations.temi, "silhouette", lambda *x: silhouette(*x) + 0.01)
+    table, computed = run("--seeds", "1", "--verify", "1")
+    assert len(computed) == 1 + 2  # the verified one, and then both
+    assert "differs in silhouette" in capsys.readouterr().out
+    trained = table["method"] == "temi"
+    difference = table["silhouette"] - before["silhouette"]
+    assert difference[trained].to_numpy() == pytest.approx([0.01, 0.01])
+
+
 def test_changed_embeddings_redo_everything(run, tmp_path):
     _, first = run("--seeds", "1")
     content = dict(np.load(tmp_path / "tiny.npz"))
