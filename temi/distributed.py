@@ -214,18 +214,17 @@ def one_voice() -> Iterator[None]:
         return
 
     def leave(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise RankLostError
 
     signal.signal(signal.SIGTERM, leave)
-    if is_first():
-        yield
-        return
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
+    with contextlib.ExitStack() as context:
+        context.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # it is ending as it is
+        if not is_first():
+            nowhere = context.enter_context(open(os.devnull, "w"))
+            context.enter_context(contextlib.redirect_stdout(nowhere))
+            context.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
         yield
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import temi
-from temi import checkpoints, devices, extraction, trouble, weights
+from temi import checkpoints, devices, distributed, extraction, trouble, weights
 from temi.backbones import check_backbone
 from temi.config import RunOptions, TrainConfig
 from temi.embeddings import check_embeddings, load_cached
@@ -46,6 +46,15 @@ def an_image_that_does_not_fit(*_):
 def a_full_disk(folder, _):
     with whole_file(folder / "table.csv", text_mode=True):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def a_lost_process(*_):
+    raise distributed.RankLostError
+
+
+def a_batch_that_cannot_be_shared(_, monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    distributed.check_divides(129)
 
 
 def steps_too_long(*_):
@@ -167,7 +176,8 @@ def no_bf16(_, monkeypatch):
 
 
 SITUATIONS = [  # as they stand on the page
-    a_step_that_does_not_fit, an_image_that_does_not_fit, a_full_disk, steps_too_long,
+    a_step_that_does_not_fit, an_image_that_does_not_fit, a_full_disk, a_lost_process,
+    a_batch_that_cannot_be_shared, steps_too_long,
     embeddings_with_nan, a_collapse, no_network_for_images, no_network_for_weights,
     no_package_of_weights, weights_of_another_model, no_such_data, no_images, an_empty_file,
     a_new_image, a_damaged_cache, no_cache_any_more, an_unfinished_run, a_run_of_other_settings,
