@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks import ablations
+from benchmarks import ablations, digits_scores
 from temi import plots
 from temi.metrics import evaluate, stability
 
@@ -219,3 +219,23 @@ def test_a_sweep_is_drawn_with_the_recipe_in_its_place():
     assert means.get_ydata().tolist() == [0.5, 0.9, 0.7]
     assert (ring.get_xdata().item(), ring.get_ydata().item()) == (1, 0.9)
     assert kmeans.get_ydata()[0] == 0.8
+
+
+def test_scores_of_the_digits_that_are_there_stay(tmp_path, monkeypatch, capsys):
+    digits = ablations.temi.load_images("digits")
+    features = ablations.temi.embed(digits, "pixels", data_dir=tmp_path, progress=False)
+    monkeypatch.setattr(digits_scores.temi, "embed", lambda *_: features)
+    monkeypatch.setattr(digits_scores, "TABLE", tmp_path / "scores.csv")
+    monkeypatch.setattr(digits_scores, "FIGURE", tmp_path / "scores.csv")
+    key = digits_scores.key(features, ablations.temi.TrainConfig(num_clusters=10))
+    pd.DataFrame({"acc": [0.9], "made_from": [key]}).to_csv(tmp_path / "scores.csv")
+    digits_scores.main()
+    assert "is there already" in capsys.readouterr().out
+
+    def train(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(digits_scores.temi, "train", train)
+    monkeypatch.setitem(ablations.CODE, "temi", ablations.CODE["kmeans"])
+    with pytest.raises(InterruptedError):
+        digits_scores.main()
