@@ -129,8 +129,9 @@ def train(
         training.restore(resumed[1])
     good, run = training.capture(), None  # the last good state; the run as it stands
     bar = tqdm(
-        total=config.epochs, desc="training", unit="epoch", file=sys.stdout, disable=not progress
-    )
+        total=config.epochs, desc="training", unit="epoch", file=sys.stdout,
+        disable=not (progress and distributed.is_first()),
+    )  # fmt: skip
     if not distributed.is_first():
         place = Place(None, None, None)  # which writes nothing
     with Record(place, settings, options, resumed) as record:
