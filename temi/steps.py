@@ -14,7 +14,7 @@ from temi.heads import MultiHead
 from temi.losses import temi_loss
 from temi.rows import ask_for, block_order
 
-DRAWN = 2**24  # random numbers in memory at a time: 64 MB
+DRAWN = 2**22  # random numbers in memory at a time: 16 MB
 
 
 @dataclass
