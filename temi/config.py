@@ -193,7 +193,9 @@ class TrainConfig:
 
         check_precision(self.precision, resolve_device(self.device))
 
-    def resolve(self, num_images: int, num_classes: int | None = None) -> "TrainConfig":
+    def resolve(
+        self, num_images: int, num_classes: int | None = None, given_neighbors: int | None = None
+    ) -> "TrainConfig":
         """This configuration, held against the size of the data.
 
         Parameters
@@ -202,6 +204,9 @@ class TrainConfig:
             Images that will be trained on.
         num_classes : int, optional
             Taken for ``num_clusters`` where that is None.
+        given_neighbors : int, optional
+            Neighbours of each image, where they are given and not searched: so many is
+            ``num_neighbors`` then, and nothing else but None is allowed.
 
         Returns
         -------
@@ -224,8 +229,13 @@ class TrainConfig:
             raise ValueError(
                 "num_clusters=None: these images have no known classes; give a whole number from 2"
             )
+        if given_neighbors is not None and self.num_neighbors not in (None, given_neighbors):
+            raise ValueError(
+                f"num_neighbors={self.num_neighbors}: {given_neighbors} is allowed, as the "
+                "neighbours given are so many"
+            )
         epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
-        neighbors = self.num_neighbors
+        neighbors = given_neighbors or self.num_neighbors
         if neighbors is None:
             neighbors = max(self.group_size - 1, round(math.sqrt(num_images / clusters)))
             neighbors = min(neighbors, num_images - 1)
@@ -261,6 +271,9 @@ class TrainConfig:
 @dataclass(frozen=True)
 class RunOptions:
     """How a run is kept, and what it does in trouble; none of it changes the mathematics.
+
+    But ``keep_rows="file"`` changes the order of the images: a run that goes on from a checkpoint
+    keeps to the order in which that was made, wherever its rows are.
 
     Raises
     ------
@@ -299,6 +312,14 @@ class RunOptions:
         "10 to 500",
         ge=1,
     ) = 50
+    keep_rows: Annotated[
+        Literal["auto", "device", "host", "file"],
+        Field(
+            description="where prepared embeddings are: on the device, in the host's memory, or "
+            "still in the file or array they came in, whose blocks then come in random order; "
+            "'auto': the first that has twice the memory they take"
+        ),
+    ] = "auto"
 
     def __post_init__(self):
         check_types(self)

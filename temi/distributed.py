@@ -72,6 +72,11 @@ def processes() -> int:
     return _join()[1]
 
 
+def on_this_machine() -> int:
+    """How many of these processes there are on this machine, which share its memory."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if processes() > 1 else 1
+
+
 def is_first() -> bool:
     """Whether this is rank 0, which alone writes runs, and shows progress."""
     return rank() == 0

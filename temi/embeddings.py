@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,21 @@ ARRAY = "embeddings.npy"
 IDS = "ids.json"
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable.csv"
+CHUNK = 8192  # rows looked at together
+
+
+class RowNumbers(Sequence[str]):
+    """The numbers from 0 on as texts, made when asked for: ten million would take 700 MB."""
+
+    def __init__(self, count: int):
+        self.numbers = range(count)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index):
+        chosen = self.numbers[index]
+        return tuple(map(str, chosen)) if isinstance(index, slice) else str(chosen)
 
 
 @dataclass(frozen=True)
@@ -36,8 +52,8 @@ class Features:
     Attributes
     ----------
     x : ndarray [N, D], floating point
-    ids : tuple of str
-        Name of each row's image.
+    ids : sequence of str
+        Name of each row's image, or its number.
     manifest : dict
         ``dataset``, ``backbone``, and what else is known of the rows' origin.
     labels : ndarray [N], int64, or None
@@ -47,7 +63,7 @@ class Features:
     """
 
     x: np.ndarray
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     manifest: dict
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
@@ -74,9 +90,8 @@ class Features:
     def from_array(cls, x: np.ndarray, dataset: str = "array") -> "Features":
         """Wrap an array of one's own embeddings, after :func:`temi.embeddings.check_embeddings`."""
         check_embeddings(x)
-        checksum = hashlib.sha256(np.ascontiguousarray(x).data).hexdigest()
-        manifest = {"dataset": dataset, "backbone": "own", "sha256": checksum}
-        return cls(x, tuple(map(str, range(len(x)))), manifest)
+        manifest = {"dataset": dataset, "backbone": "own", "sha256": checksum(x)}
+        return cls(x, RowNumbers(len(x)), manifest)
 
 
 def as_array(features: "Features | np.ndarray") -> np.ndarray:
@@ -341,13 +356,24 @@ def check_embeddings(x: np.ndarray) -> None:
         )
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"embeddings of dtype {x.dtype}: convert them with x.astype('float32')")
-    for wrong, what, remedy in (
-        (np.isnan(x).any(axis=1), "NaN", "remove the row or recompute it"),
-        (np.isinf(x).any(axis=1), "infinity", "remove the row or recompute it"),
-        (~x.any(axis=1), "only zeros, which have no direction", "remove the row"),
-    ):
-        if wrong.any():
-            raise ValueError(f"embeddings: row {int(wrong.argmax())} holds {what}; {remedy}")
+    for start in range(0, len(x), CHUNK):  # rows on disk need not fit in memory
+        rows = x[start : start + CHUNK]
+        for wrong, what, remedy in (
+            (np.isnan(rows).any(axis=1), "NaN", "remove the row or recompute it"),
+            (np.isinf(rows).any(axis=1), "infinity", "remove the row or recompute it"),
+            (~rows.any(axis=1), "only zeros, which have no direction", "remove the row"),
+        ):
+            if wrong.any():
+                row = start + int(wrong.argmax())
+                raise ValueError(f"embeddings: row {row} holds {what}; {remedy}")
+
+
+def checksum(x: np.ndarray) -> str:
+    """SHA-256 of an array's numbers, in hexadecimal, whether they fit in memory or not."""
+    digest = hashlib.sha256()
+    for start in range(0, len(x), CHUNK):
+        digest.update(np.ascontiguousarray(x[start : start + CHUNK]).data)
+    return digest.hexdigest()
 
 
 def mean_embedding(x: np.ndarray, how: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Nearest neighbours by cosine similarity, and what is so near that it is the same."""
 
+import hashlib
 import importlib.util
 import math
 
@@ -139,6 +140,53 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
     keep = ~own
     indices, similarities = indices[keep].view(-1, k), similarities[keep].view(-1, k)
     return indices.to(x.device), similarities.to(x.device)
+
+
+def check_neighbors(neighbors: np.ndarray, count: int, chunk_size: int = 2**16) -> str:
+    """Hold neighbours that somebody else has found against the number of rows.
+
+    Parameters
+    ----------
+    neighbors : ndarray [N, k], int32 or int64
+        May be mapped from a file.
+    count : int
+        N.
+    chunk_size : int
+        Rows looked at together.
+
+    Returns
+    -------
+    str
+        SHA-256 of the numbers as int64, in hexadecimal.
+
+    Raises
+    ------
+    ValueError
+        In one line, if shape or dtype are others, or a row names itself or one that there is not.
+    """
+    if not isinstance(neighbors, np.ndarray) or neighbors.dtype not in (np.int32, np.int64):
+        kind = getattr(neighbors, "dtype", type(neighbors).__name__)
+        raise ValueError(f"neighbors of {kind}: an array of int32 or int64 is allowed")
+    if neighbors.ndim != 2 or len(neighbors) != count or not 1 <= neighbors.shape[1] < count:
+        raise ValueError(
+            f"neighbors of shape {neighbors.shape}: [{count}, k] is allowed, k from 1 to "
+            f"{count - 1}, since there are {count} embeddings"
+        )
+    digest = hashlib.sha256()
+    for start in range(0, count, chunk_size):
+        rows = neighbors[start : start + chunk_size].astype(np.int64)
+        own = np.arange(start, start + len(rows))[:, None]
+        for wrong, what, remedy in (
+            ((rows < 0) | (rows >= count), "names", f"0 to {count - 1} is allowed"),
+            (rows == own, "names itself,", "leave that column out"),
+        ):
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0]
+                raise ValueError(
+                    f"neighbors: row {start + row} {what} {rows[row, column]}; {remedy}"
+                )
+        digest.update(rows.data)
+    return digest.hexdigest()
 
 
 def search_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:

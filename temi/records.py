@@ -15,12 +15,13 @@ from temi import checkpoints
 from temi.config import RunOptions
 from temi.data import ImageSet
 from temi.embeddings import Features
-from temi.files import RESULTS, SETTINGS, whole_file, write_json, write_whole
+from temi.files import RESULTS, SETTINGS, whole_file, write_json
 from temi.results import best_epoch, final_results
 from temi.rundirs import Place, settle
 from temi.runs import Run
 
 LOGS = "logs"
+ROWS = 2**16  # of a table written together: as texts they take many times the memory
 
 
 class Record:
@@ -186,8 +187,15 @@ class Record:
         settle(self.place.run_dir)
 
     def _write(self, run: Run, features: Features, finished: bool) -> None:
-        table = {"id": features.ids, "cluster": run.labels, "agreement": run.agreement}
-        write_whole(self.folder / "assignments.csv", pd.DataFrame(table).to_csv(index=False))
+        table: dict[str, Any] = {
+            "id": features.ids,
+            "cluster": run.labels,
+            "agreement": run.agreement,
+        }
+        with whole_file(self.folder / "assignments.csv", text_mode=True) as file:
+            for start in range(0, len(features), ROWS):
+                part = {name: values[start : start + ROWS] for name, values in table.items()}
+                pd.DataFrame(part).to_csv(file, index=False, header=start == 0)
         results = final_results(run, features, best_by=self.options.best_by, finished=finished)
         if finished:
             self._log_scores(results)

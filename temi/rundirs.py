@@ -178,11 +178,18 @@ def settle(run_dir: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_resumable(content: dict, settings: dict, fingerprint: str) -> None:
-    """Raise a ValueError, naming the difference, unless a checkpoint fits data and settings."""
+def check_resumable(
+    content: dict, settings: dict, fingerprint: str, neighbors: str | None = None
+) -> None:
+    """Raise a ValueError, naming the difference, unless a checkpoint fits data and settings.
+
+    Data are the checksums of the embeddings and, where they are given, of the neighbours.
+    """
     found = not_resumable(content["config"], settings)
     if content["fingerprint"] != fingerprint:
         found.append("other embeddings")
+    if content.get("neighbors") != neighbors:
+        found.append("other neighbours")
     _refuse(found, "resume: the checkpoint is of a run with")
     if content["epoch"] > settings["epochs"]:
         raise ValueError(

@@ -36,7 +36,7 @@ class Run:
         Mean loss of each head over the last epoch.
     alignment : ndarray [H, K]
         Each head's clusters in common numbers; see :func:`temi.align_heads`.
-    head_labels : ndarray [H, N]
+    head_labels : ndarray [H, N], int16, or int32 of more than 32,768 clusters
         Cluster of each training image under each head, in common numbers.
     labels : ndarray [N]
         Majority vote: the reported clusters of the training images.

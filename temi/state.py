@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from temi.config import TrainConfig
 from temi.ensemble import head_labels
 from temi.heads import MultiHead
+from temi.rows import Rows
 from temi.runs import Run
 from temi.steps import TrainState, learning_rate_at
 
@@ -21,7 +23,7 @@ class Training:
         Whole epochs, and steps of the next one, that have been done.
     random : Tensor
         State of the random numbers at the start of the epoch.
-    labels : Tensor [H, N], int32
+    labels : Tensor [H, N], of the dtype of :func:`temi.ensemble.head_labels`
         Each head's own cluster of each image when it was last an anchor.
     losses : Tensor [H]
         Summed over the epoch's steps so far, as is ``gradient_norm`` [].
@@ -36,8 +38,8 @@ class Training:
     CHANGING = ("epoch", "step", "random", "labels", "losses", "gradient_norm", "seconds",
                 "history", "retries")  # fmt: skip
 
-    def __init__(self, x: Tensor, neighbors: Tensor, config: TrainConfig, identity: dict,
-                 log_every: int):  # fmt: skip
+    def __init__(self, x: Tensor | Rows, neighbors: Tensor | np.ndarray, config: TrainConfig,
+                 identity: dict, log_every: int):  # fmt: skip
         self.x, self.neighbors, self.config, self.identity = x, neighbors, config, identity
         self.log_every = log_every
         self.retries = []
@@ -50,7 +52,7 @@ class Training:
         shape = (self.x.shape[1], config.num_clusters, config.num_heads)
         student = MultiHead(*shape, generator=generator).to(device)
         self.state = TrainState.start(student, config.weight_decay)
-        self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x)).int().to(device)
+        self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x)).to(device)
         self.history, self.epoch = [], 0
         self.start_epoch(generator)
 
@@ -82,7 +84,7 @@ class Training:
         """The run as it stands; ``exact`` asks the teachers anew about all images."""
         if exact:
             self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x))
-            self.labels = self.labels.int().to(self.x.device)
+            self.labels = self.labels.to(self.x.device)
         mean, axes = self.identity["mean"].numpy(), self.identity["axes"]
         return Run.from_heads(
             self.config,
@@ -98,7 +100,5 @@ class Training:
 
     def cluster_sizes(self) -> Tensor:
         """Images in each cluster of each head [H, K], as :attr:`labels` has them."""
-        heads, clusters = self.state.marginal.shape
-        offset = torch.arange(heads, device=self.labels.device).unsqueeze(1) * clusters  # (H, 1)
-        counts = (self.labels + offset).flatten().bincount(minlength=heads * clusters)
-        return counts.view(heads, clusters)
+        clusters = self.state.marginal.shape[1]
+        return torch.stack([labels.bincount(minlength=clusters) for labels in self.labels])

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from temi.config import TrainConfig
 from temi.devices import half_precision
 from temi.heads import MultiHead
 from temi.losses import temi_loss
+from temi.rows import ask_for, block_order
+
+DRAWN = 2**22  # random numbers in memory at a time: 16 MB
 
 
 @dataclass
@@ -163,7 +167,11 @@ def teacher_temp_at(step: int, steps_per_epoch: int, config: TrainConfig) -> flo
 
 
 def draw_pairs(
-    neighbors: Tensor, batch_size: int, generator: torch.Generator, group_size: int = 2
+    neighbors: Tensor | np.ndarray,
+    batch_size: int,
+    generator: torch.Generator,
+    group_size: int = 2,
+    block: int | None = None,
 ) -> Tensor:
     """One epoch's groups: each image once as anchor, with other ones of its neighbours at random.
 
@@ -171,26 +179,42 @@ def draw_pairs(
 
     Parameters
     ----------
-    neighbors : Tensor [N, k], int64
+    neighbors : Tensor [N, k], int64, or ndarray, which may be mapped from a file
     batch_size : int
         B.
     generator : torch.Generator
         On the CPU, so that every device draws the same groups.
     group_size : int
         G, images in a group: 2 for pairs.
+    block : int, optional
+        Rows in a block of a file: the anchors come in the order of
+        :func:`temi.rows.block_order`. None: in any order.
 
     Returns
     -------
     Tensor [steps, G * B], int64
+        On the device of a Tensor, else on the CPU.
         In each row B anchors, then the first neighbour of each, then the second, ...
     """
     images, k = neighbors.shape
     steps = images // batch_size
-    anchors = torch.randperm(images, generator=generator)[: steps * batch_size]
-    order = torch.rand(len(anchors), k, generator=generator)
-    choice = order.topk(group_size - 1).indices  # (steps * B, G - 1), all different
-    anchors, choice = anchors.to(neighbors.device), choice.to(neighbors.device)
-    anchors = anchors.unsqueeze(1)  # (steps * B, 1)
-    chosen = neighbors.flatten()[anchors * k + choice]
-    groups = torch.cat([anchors, chosen], dim=1)
-    return groups.view(steps, batch_size, group_size).transpose(1, 2).flatten(1)
+    if block is None:
+        anchors = torch.randperm(images, generator=generator)
+    else:
+        anchors = block_order(images, block, generator)
+    device = neighbors.device if isinstance(neighbors, Tensor) else anchors.device
+    groups = torch.empty(steps, group_size, batch_size, dtype=torch.int64, device=device)
+    together = max(1, DRAWN // (batch_size * k))  # steps
+    for start, part in enumerate(anchors[: steps * batch_size].split(together * batch_size)):
+        order = torch.rand(len(part), k, generator=generator)
+        choice = order.topk(group_size - 1).indices.to(device)  # (part, G - 1), all different
+        if isinstance(neighbors, Tensor):
+            part = part.to(device)
+            chosen = neighbors.flatten()[part.unsqueeze(1) * k + choice]
+        else:
+            ask_for(neighbors, part.numpy())
+            near = torch.from_numpy(neighbors[part.numpy()].astype(np.int64))  # (part, k)
+            chosen = near.gather(1, choice)
+        drawn = torch.cat([part.unsqueeze(1), chosen], dim=1).view(-1, batch_size, group_size)
+        groups[start * together : (start + 1) * together] = drawn.transpose(1, 2)
+    return groups.flatten(1)

@@ -1,13 +1,13 @@
 """The training loop, which stops and goes on at any step, and says early when it goes wrong."""
 
 import dataclasses
-import hashlib
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from temi import distributed
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.devices import is_out_of_memory, resolve_device
-from temi.embeddings import Features, check_embeddings, mean_embedding, normalize, principal_axes
-from temi.neighbors import search_neighbors
+from temi.embeddings import Features, check_embeddings, checksum, mean_embedding, principal_axes
+from temi.neighbors import check_neighbors, search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
+from temi.rows import Rows, choose_place, prepared_rows, rows_per_block
 from temi.rundirs import Place, check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
@@ -42,6 +43,7 @@ def train(
     features: Features | np.ndarray,
     config: TrainConfig,
     *,
+    neighbors: np.ndarray | None = None,
     images: ImageSet | None = None,
     run_dir: str | Path | None = None,
     progress: bool = True,
@@ -56,7 +58,12 @@ def train(
     ----------
     features : Features or ndarray [N, D]
         float16, float32 or float64; used in float32. Labels that come with them score, no more.
+        Those of an array mapped from a file need not fit in memory, if neighbours are given: see
+        ``keep_rows`` of :class:`temi.RunOptions`.
     config : TrainConfig
+    neighbors : ndarray [N, k], int32 or int64, optional
+        Row numbers of each embedding's neighbours, itself left out; may be mapped from a file.
+        None: the ``num_neighbors`` nearest are searched.
     images : ImageSet, optional
         For the pictures of the clusters in the record.
     run_dir : path, optional
@@ -66,7 +73,7 @@ def train(
         Show a progress bar. Trouble is said in any case.
     **options
         ``resume``, ``overwrite``, ``on_divergence``, ``checkpoint_every``, ``keep_checkpoints``,
-        ``best_by``, ``log_every``: see :class:`temi.RunOptions`.
+        ``best_by``, ``log_every``, ``keep_rows``: see :class:`temi.RunOptions`.
 
     Returns
     -------
@@ -97,33 +104,52 @@ def train(
     check_embeddings(features.x)
     if options.best_by == "accuracy" and features.labels is None:
         raise ValueError("best_by='accuracy': these embeddings have no labels; 'loss' is allowed")
-    config = config.resolve(len(features), features.num_classes)
+    given = None if neighbors is None else check_neighbors(neighbors, len(features))
+    width = None if neighbors is None else neighbors.shape[1]
+    config = config.resolve(len(features), features.num_classes, width)
     device = resolve_device(config.device)
+    choice = (options.keep_rows, features.x, config.pca_dim, device, width is None)
+    where = distributed.from_first(partial(choose_place, *choice))
     settings = run_settings(features.dataset, features.backbone, config)
-    fingerprint = hashlib.sha256(np.ascontiguousarray(features.x).data).hexdigest()
+    fingerprint = checksum(features.x)
     place, resumed = distributed.from_first(partial(_open, run_dir, settings, options))
     if resumed:
-        check_resumable(resumed[1], settings, fingerprint)
+        check_resumable(resumed[1], settings, fingerprint, given)
+        config = dataclasses.replace(config, batch_size=resumed[1]["config"]["batch_size"])
+    if config.batch_size != "auto":
+        distributed.check_divides(config.batch_size)
 
     clock = time.perf_counter()
     mean = mean_embedding(features.x, config.normalize)
     if resumed:
         axes = resumed[1]["axes"]  # another machine's may point the other way
     else:
-        axes = principal_axes(features.x, mean, config.pca_dim or features.x.shape[1])
+        search = partial(principal_axes, features.x, mean, config.pca_dim or features.x.shape[1])
+        axes = distributed.from_first(search)
         axes = None if axes is None else torch.from_numpy(axes)
-    x = normalize(features.x, config.normalize, mean, None if axes is None else axes.numpy())
-    x = torch.from_numpy(x).to(device)  # (N, D), or (N, P) with P principal components
+    block = rows_per_block(features.x) if where == "file" else None
+    if resumed:
+        block = resumed[1].get("block")  # the order of the run that goes on
+    x = prepared_rows(
+        features.x, config.normalize, mean, None if axes is None else axes.numpy(),
+        device, where, block, config.group_size,
+    )  # fmt: skip
+    # (N, D), or (N, P) with P principal components
     if config.batch_size == "auto":
-        batch = resumed[1]["config"]["batch_size"] if resumed else auto_batch(config, x)
-        config = dataclasses.replace(config, batch_size=batch)
-        settings["batch_size"] = batch
-    distributed.check_divides(int(config.batch_size))
-    neighbors, _ = search_neighbors(x, config.num_neighbors)  # (N, k)
+        config = dataclasses.replace(config, batch_size=auto_batch(config, x))
+    settings["batch_size"] = config.batch_size
+    if neighbors is None:
+        whole = x.read(slice(None)) if isinstance(x, Rows) else x
+        neighbors, _ = search_neighbors(whole, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
-    identity = {"config": settings, "fingerprint": fingerprint, "manifest": features.manifest}
+    identity: dict[str, Any] = {
+        "config": settings,
+        "fingerprint": fingerprint,
+        "manifest": features.manifest,
+    }
     identity |= {"mean": torch.from_numpy(mean), "axes": axes}
+    identity |= {"neighbors": given, "block": block}
     training = Training(x, neighbors, config, identity, options.log_every)
     if resumed:
         training.restore(resumed[1])
@@ -220,7 +246,11 @@ def run_epoch(
     generator = torch.Generator()
     generator.set_state(training.random)
     pairs = draw_pairs(
-        training.neighbors, int(config.batch_size), generator, config.group_size
+        training.neighbors,
+        int(config.batch_size),
+        generator,
+        config.group_size,
+        training.identity["block"],
     )  # (steps, G * B)
     training.state.freeze_last_layer(training.epoch == 0)
     groups = pairs.unflatten(1, (config.group_size, -1))  # (steps, G, B)
@@ -239,7 +269,7 @@ def run_epoch(
         training.losses += losses
         training.gradient_norm += training.state.gradient_norm
         assigned = distributed.gather_rows(training.state.assigned.T, int(config.batch_size))
-        training.labels[:, groups[step, 0]] = assigned.T.int()
+        training.labels[:, groups[step, 0]] = assigned.T.to(training.labels.dtype)
         training.step += 1
         finite.append(training.state.finite)
         logged = (number + 1) % training.log_every == 0

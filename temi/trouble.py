@@ -12,6 +12,7 @@ from temi import distributed
 from temi.config import RECIPES, TrainConfig
 from temi.devices import is_out_of_memory
 from temi.heads import MultiHead
+from temi.rows import Rows
 from temi.steps import TrainState, training_step
 
 
@@ -113,7 +114,7 @@ class Signals:
         raise KeyboardInterrupt
 
 
-def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
+def fitting_batch(config: TrainConfig, x: Tensor | Rows, largest: int) -> int:
     """``largest`` pairs or its half, quarter …: the first with which a step fits into memory.
 
     Tried on embeddings ``x`` [N, D] with heads that are thrown away, without other processes. 0 if
@@ -139,7 +140,7 @@ def fitting_batch(config: TrainConfig, x: Tensor, largest: int) -> int:
     return batch
 
 
-def auto_batch(config: TrainConfig, x: Tensor) -> int:
+def auto_batch(config: TrainConfig, x: Tensor | Rows) -> int:
     """What ``batch_size="auto"`` means: the recipe's, at most all images, halved until it fits.
 
     Of several processes, each takes its part of it; what fits is tried by the first.
@@ -152,7 +153,7 @@ def auto_batch(config: TrainConfig, x: Tensor) -> int:
     return batch * parts
 
 
-def what_fits(config: TrainConfig, x: Tensor) -> str:
+def what_fits(config: TrainConfig, x: Tensor | Rows) -> str:
     """What is said when a step did not fit into memory."""
     batch = fitting_batch(config, x, int(config.batch_size) // 2)
     remedy = f"{batch} fits now (batch_size='auto' finds it)" if batch else "nor does any other"

@@ -61,6 +61,7 @@ def test_bad_values_are_named_in_one_line(name, value, allowed):
         ("keep_checkpoints", -1, "a whole number from 0"),
         ("best_by", "acc", "one of 'loss', 'accuracy'"),
         ("log_every", 0.5, "a whole number from 1"),
+        ("keep_rows", "disk", "one of 'auto', 'device', 'host', 'file'"),
     ],
 )
 def test_bad_options_are_named_in_one_line(name, value, allowed):

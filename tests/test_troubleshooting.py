@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import temi
-from temi import checkpoints, devices, distributed, extraction, trouble, weights
+from temi import checkpoints, devices, distributed, extraction, rows, trouble, weights
 from temi.backbones import check_backbone
 from temi.config import RunOptions, TrainConfig
 from temi.embeddings import check_embeddings, load_cached
@@ -34,6 +34,11 @@ def a_step_that_does_not_fit(_, monkeypatch):
     monkeypatch.setattr(trouble, "training_step", step)
     config = TrainConfig(num_clusters=4, num_heads=2, batch_size=64, group_size=2)
     raise MemoryError(trouble.what_fits(config, torch.randn(64, 8)))
+
+
+def embeddings_that_do_not_fit(_, monkeypatch):
+    monkeypatch.setattr(rows, "available_memory", lambda _: 900)
+    temi.train(np.eye(60, 8) + 1, TrainConfig(num_clusters=4, batch_size=8))
 
 
 def an_image_that_does_not_fit(*_):
@@ -176,9 +181,9 @@ def no_bf16(_, monkeypatch):
 
 
 SITUATIONS = [  # as they stand on the page
-    a_step_that_does_not_fit, an_image_that_does_not_fit, a_full_disk, a_lost_process,
-    a_batch_that_cannot_be_shared, steps_too_long,
-    embeddings_with_nan, a_collapse, no_network_for_images, no_network_for_weights,
+    a_step_that_does_not_fit, embeddings_that_do_not_fit, an_image_that_does_not_fit, a_full_disk,
+    a_lost_process, a_batch_that_cannot_be_shared, steps_too_long, embeddings_with_nan, a_collapse,
+    no_network_for_images, no_network_for_weights,
     no_package_of_weights, weights_of_another_model, no_such_data, no_images, an_empty_file,
     a_new_image, a_damaged_cache, no_cache_any_more, an_unfinished_run, a_run_of_other_settings,
     a_cut_checkpoint, a_misspelt_parameter, no_whole_number, no_number_of_clusters,
