@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from temi.config import RECIPES, TrainConfig
+from temi.distributed import first_to_say, is_first, is_lost
 from temi.extraction import ExtractionConfig
 from temi.parameters import JobConfig
 
@@ -172,7 +173,10 @@ class Train(Summary, Training, Source):
 class Embed(Summary, create_model("Extraction", **options(
     ExtractionConfig, without=("progress",)
 )), Source):  # fmt: skip
-    """Embed a data set or a folder with a backbone, into the cache."""
+    """Embed a data set or a folder with a backbone, into the cache.
+
+    Several processes share the work under torchrun, or each takes a --shard.
+    """
 
     dataset: CliPositionalArg[str] = Field(description="data set, or folder of images")
 
@@ -181,7 +185,10 @@ class Embed(Summary, create_model("Extraction", **options(
 
         images = temi.load_images(self.dataset, split=self.split, data_dir=self.data_dir)
         given = self.model_dump(exclude={"dataset", "split", "json_summary"})
-        features = temi.embed(images, given.pop("backbone"), **given)
+        if self.shard is not None:
+            missing = temi.embed_shard(images, **given)
+            return {"images": len(images), "shard": self.shard, "missing": missing}
+        features = temi.embed(images, **{key: given[key] for key in given if key != "shard"})
         manifest = features.manifest
         return {
             "images": len(features),
@@ -234,19 +241,28 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][1]).replace("_", "-")
-        print(f"error: --{option} {first['input']!r}: {first['msg']}", file=sys.stderr)
+        if first_to_say():
+            print(f"error: --{option} {first['input']!r}: {first['msg']}", file=sys.stderr)
         return 2
     shown = sys.stderr if command.json_summary else sys.stdout
     try:
         with contextlib.redirect_stdout(shown):
             summary = command.work()
     except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first_to_say():
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        if first_to_say():
+            print("error: another process has ended; what was computed is kept", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command with --resume auto goes on", file=sys.stderr)
         return 130
-    print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))
+    if is_first():
+        print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))
     return 0
 
 

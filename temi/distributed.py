@@ -50,6 +50,11 @@ def count() -> int:
     return join()[1]
 
 
+def local_count() -> int:
+    """The number of processes on this machine, which share its cores."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1
+
+
 def is_first() -> bool:
     """Whether this is rank 0, which alone writes runs and shows progress."""
     return rank() == 0
@@ -101,8 +106,13 @@ def any_of(flag: bool) -> bool:
     return bool(flags)
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come this far."""
+    any_of(False)
+
+
 def from_first(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives on rank 0, on every rank; where it fails, the exception, on every rank."""
+    """What ``make`` gives on rank 0, on every rank; where it fails, the exception on every rank."""
     if count() == 1:
         return make()
     outcome: list[Any] = [None, None]
