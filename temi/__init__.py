@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "baselines": ["kmeans"],
         "config": ["RECIPES", "RunOptions", "TrainConfig"],
         "data": ["ImageSet", "load_images"],
-        "embeddings": ["Features", "embed", "load_cached", "load_features"],
+        "embeddings": ["Features", "embed", "embed_shard", "load_cached", "load_features"],
         "ensemble": ["agreement_between_heads", "align_heads", "loss_weights", "vote"],
         "estimator": ["TEMI"],
         "export": ["assignments", "centers", "sort_images", "write_assignments"],

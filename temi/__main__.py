@@ -19,6 +19,7 @@ from pydantic_settings import (
     get_subcommand,
 )
 
+from temi import distributed
 from temi.config import RECIPES, TrainConfig
 from temi.extraction import ExtractionConfig
 from temi.parameters import JobConfig
@@ -80,7 +81,6 @@ class Cluster(Summary, Training, create_model("Photos", **options(
 
     def work(self) -> dict:
         import temi
-        from temi import distributed
 
         out = Path(self.out).expanduser().absolute()
         job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
@@ -167,7 +167,6 @@ class Train(Summary, Training, Source):
 
     def work(self) -> dict:
         import temi
-        from temi import distributed
 
         job, config = _settings(self, JobConfig), _settings(self, TrainConfig)
         data = distributed.first_ahead(job.load)
@@ -187,18 +186,23 @@ class Train(Summary, Training, Source):
 class Embed(Summary, create_model("Extraction", **options(
     ExtractionConfig, without=("progress",)
 )), Source):  # fmt: skip
-    """Embed a data set or a folder with a backbone, into the cache."""
+    """Embed a data set or a folder with a backbone, into the cache.
+
+    Several processes share the work under torchrun, or each takes a --shard.
+    """
 
     dataset: CliPositionalArg[str] = Field(description="data set, or folder of images")
 
     def work(self) -> dict:
         import temi
-        from temi import distributed
 
         load = partial(temi.load_images, self.dataset, split=self.split, data_dir=self.data_dir)
         images = distributed.first_ahead(load)
         given = self.model_dump(exclude={"dataset", "split", "json_summary"})
-        features = temi.embed(images, given.pop("backbone"), **given)
+        if self.shard is not None:
+            missing = temi.embed_shard(images, **given)
+            return {"images": len(images), "shard": self.shard, "missing": missing}
+        features = temi.embed(images, **{key: given[key] for key in given if key != "shard"})
         manifest = features.manifest
         return {
             "images": len(features),
@@ -251,10 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][1]).replace("_", "-")
-        print(f"error: --{option} {first['input']!r}: {first['msg']}", file=sys.stderr)
+        distributed.say(f"error: --{option} {first['input']!r}: {first['msg']}")
         return 2
-    from temi import distributed  # imports torch
-
     shown = sys.stderr if command.json_summary else sys.stdout
     try:
         with contextlib.redirect_stdout(shown), distributed.one_voice():

@@ -41,11 +41,17 @@ class RankLostError(RuntimeError):
 
 
 @functools.cache
-def _join() -> tuple[int, int, Any]:
-    """Rank, number of ranks, and what they leave each other notes in; waits for all of them."""
+def _meet() -> tuple[Any, int, int]:
+    """Where the ranks leave each other notes, this one's number and theirs."""
+    return next(distributed.rendezvous("env://"))
+
+
+@functools.cache
+def _join() -> tuple[int, int]:
+    """Rank and number of ranks, once all of them are there."""
     if not distributed.is_torchelastic_launched():
-        return 0, 1, None
-    store, rank, count = next(distributed.rendezvous("env://"))
+        return 0, 1
+    store, rank, count = _meet()
     store.add("here", 1)
     while store.add("here", 0) < count:  # in Python, where a signal is heard
         time.sleep(0.05)
@@ -54,7 +60,7 @@ def _join() -> tuple[int, int, Any]:
     # gloo for tensors on the CPU, NCCL for those on a GPU
     distributed.init_process_group(store=store, rank=rank, world_size=count, timeout=PATIENCE)
     atexit.register(distributed.destroy_process_group)
-    return rank, count, store
+    return rank, count
 
 
 def rank() -> int:
@@ -73,7 +79,7 @@ def processes() -> int:
 
 
 def on_this_machine() -> int:
-    """How many of these processes there are on this machine, which share its memory."""
+    """How many of these processes there are on this machine, sharing its memory and cores."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if processes() > 1 else 1
 
 
@@ -177,6 +183,11 @@ def any_of(flag: bool) -> bool:
     return bool(flags)
 
 
+def wait_for_all() -> None:
+    """Return when every rank has come this far."""
+    any_of(False)
+
+
 def from_first(make: Callable[[], Made]) -> Made:
     """What ``make`` gives on rank 0, on every rank; or the exception that it raises there.
 
@@ -236,6 +247,6 @@ def one_voice() -> Iterator[None]:
 def say(message: str) -> None:
     """Print to stderr what ends the work; of several ranks, only the first that comes here."""
     with contextlib.suppress(RuntimeError):  # no store any more: said twice is better than never
-        if distributed.is_initialized() and _join()[2].add("said", 1) > 1:
+        if distributed.is_torchelastic_launched() and _meet()[0].add("said", 1) > 1:
             return
     print(message, file=sys.stderr, flush=True)

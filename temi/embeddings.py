@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,17 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from temi.backbones import Backbone, load_backbone, spaces
+from temi.backbones import Backbone, load_backbone, spaces, stack
+from temi.blocks import Blocks, joined_sizes, kept
 from temi.data import ImageSet
-from temi.extraction import (
-    PART,
-    PROGRESS,
-    ExtractionConfig,
-    copy_rows,
-    extract,
-    unreadable_error,
-)
-from temi.files import home, path_part, readable_path, sha256, write_json, write_whole
+from temi.distributed import any_of, from_first, is_first, wait_for_all
+from temi.extraction import ExtractionConfig, extract, unreadable_error
+from temi.files import home, is_there, path_part, readable_path, sha256, write_json, write_whole
 
 ARRAY = "embeddings.npy"
 IDS = "ids.json"
@@ -124,6 +122,10 @@ def embed(
     its weights, its preprocessing or its own checksum is never used: a warning says what differs,
     and the embeddings are computed anew. An interrupted extraction goes on where it stopped.
 
+    Processes that ``torchrun`` starts share the work: each embeds some blocks of the images, the
+    first joins them, and all get the same embeddings. Another number of processes may go on with
+    what these leave. :func:`embed_shard` does without ``torchrun``.
+
     Parameters
     ----------
     images : ImageSet
@@ -141,8 +143,9 @@ def embed(
         malloc are fast with (5 of 224 x 224 pixels, 20 of 112 x 112, twice that in bf16). A forward
         pass that does not fit into memory is halved until it does.
     num_workers : int, optional
-        Processes that decode; None: as many as there are cores, up to 8; none for ``pixels``, or
-        where the first batches show that decoding takes less than a fifth of the time.
+        Processes that decode; None: as many as there are cores, up to 8 (the processes of
+        ``torchrun`` divide the cores); none for ``pixels``, or where the first batches show that
+        decoding takes less than a fifth of the time.
     device : str
         See :class:`temi.TrainConfig`.
     precision : {"auto", "fp32", "bf16"}
@@ -167,18 +170,78 @@ def embed(
         ``on_error="stop"``), none can, or an embedding is not finite.
     """
     config = ExtractionConfig(dtype, batch_size, num_workers, device, precision, on_error, progress)
-    names = spaces(backbone)
-    if len(names) > 1 and weights is not None:
-        raise ValueError(f"weights={str(weights)!r}: None is allowed with several backbones")
     parts = []
     asked = {"image_size": image_size, "weights_file": None if weights is None else str(weights)}
     asked = {key: value for key, value in asked.items() if value is not None}
-    for name in names:
-        extractor = load_backbone(name, weights=weights, image_size=image_size)
-        folder = _folder(data_dir, images.name, name)
-        part = _embed(images, extractor, folder, config, force_recompute)
+    for extractor in _extractors(backbone, weights, image_size):
+        folder = _folder(data_dir, images.name, extractor.name)
+        if missing := _fill(images, extractor, folder, config, force_recompute):
+            raise OSError(
+                f"{folder}: {missing} images that other processes have embedded are not to be seen "
+                "here; the same command goes on"
+            )
+        part = _read(images, folder, config)
         parts.append(replace(part, manifest=part.manifest | asked))
     return parts[0] if len(parts) == 1 else _join(parts, backbone)
+
+
+def embed_shard(
+    images: ImageSet,
+    backbone: str = "pixels",
+    *,
+    shard: str,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    data_dir: str | Path = "data",
+    force_recompute: bool = False,
+    **options,
+) -> int:
+    """Embed one share of the images, beside jobs that embed the others and know nothing of it.
+
+    For an array of jobs (SLURM's, say) that have ``data_dir`` in common. The job that finds nothing
+    missing any more joins all shares into the cache, equal to that of one process; so does a later
+    :func:`embed`, which computes what is missing first.
+
+    Parameters
+    ----------
+    images, backbone, weights, image_size, data_dir
+        See :func:`embed`; the same for all shares.
+    shard : str
+        ``"1/8"`` to ``"8/8"``, of eight shares. One may be computed twice, or in several goes.
+    force_recompute : bool
+        Compute this share even where it is there, or the whole cache matches.
+    **options
+        ``dtype``, ``batch_size``, ``num_workers``, ``device``, ``precision``, ``on_error`` and
+        ``progress``: see :func:`embed`. Shares fit together where dtype, batch size and precision
+        agree, so name the latter two where the jobs' devices differ.
+
+    Returns
+    -------
+    int
+        How many of all images are still missing; 0 once the cache is whole.
+
+    Raises
+    ------
+    ValueError
+        As :func:`embed` does; or ``shard`` is none.
+    """
+    config = ExtractionConfig(shard=shard, **options)
+    missing = 0
+    for extractor in _extractors(backbone, weights, image_size):
+        folder = _folder(data_dir, images.name, extractor.name)
+        missing = max(missing, _fill(images, extractor, folder, config, force_recompute))
+    return missing
+
+
+def _extractors(
+    backbone: str, weights: str | Path | None, image_size: int | None
+) -> Iterator[Backbone]:
+    """The backbones that a name joins, loaded one by one."""
+    names = spaces(backbone)
+    if len(names) > 1 and weights is not None:
+        raise ValueError(f"weights={str(weights)!r}: None is allowed with several backbones")
+    for name in names:
+        yield load_backbone(name, weights=weights, image_size=image_size)
 
 
 def load_cached(manifest: dict, data_dir: str | Path = "data") -> Features:
@@ -219,13 +282,19 @@ def _folder(data_dir: str | Path, dataset: str, backbone: str) -> Path:
     return home() / data_dir / "embeddings" / path_part(dataset) / path_part(backbone)
 
 
-def _embed(
+def _fill(
     images: ImageSet, backbone: Backbone, folder: Path, config: ExtractionConfig, force: bool
-) -> Features:
-    """Embed with one backbone, through the cache in ``folder``."""
+) -> int:
+    """See to it that ``folder`` holds the embeddings by one backbone, as far as the share goes.
+
+    Returns how many of all images are still missing, of other shares.
+    """
+    names = hashlib.sha256(json.dumps(images.ids).encode()).digest()
+    if any_of(names != from_first(lambda: names)):
+        raise ValueError(f"dataset={images.name!r}: the processes do not find the same images")
     identity = {
         "dataset": images.name,
-        "dataset_fingerprint": images.fingerprint,
+        "dataset_fingerprint": from_first(lambda: images.fingerprint),
         "backbone": backbone.name,
         "weights": backbone.weights,
         "preprocessing": backbone.preprocessing,
@@ -234,48 +303,86 @@ def _embed(
     if config.precision != "auto":
         identity["precision"] = config.precision
     folder.mkdir(parents=True, exist_ok=True)
-    if force:
-        (folder / PROGRESS).unlink(missing_ok=True)
-    difference = _difference(images, folder, identity)
-    if difference:
+    difference = from_first(lambda: _difference(images, folder, identity))
+    if difference and is_first():
         message = f"{folder} is computed anew: {difference}; another data_dir keeps both"
         warnings.warn(message, stacklevel=3)
-    if force or difference or not (folder / MANIFEST).exists():
-        log = extract(images, backbone, folder, identity, config)
-        _publish(images, folder, log)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    if not (force or difference) and from_first((folder / MANIFEST).exists):
+        return 0
+    blocks = extract(images, backbone, folder, identity, config, force)
+    wait_for_all()
+    return from_first(lambda: _publish(images, folder, blocks, complete=config.shard is None))
+
+
+def _publish(images: ImageSet, folder: Path, blocks: Blocks, complete: bool) -> int:
+    """Turn blocks into a cache if none is missing; may be interrupted and repeated at any point.
+
+    Several processes may do it at the same time, even if one has removed the blocks while another
+    reads them: they write the same files, each under a name of its own first. Returns how many
+    images are missing. Where the blocks should be ``complete``, the file system may take its time
+    to show them.
+    """
+    if complete:
+        is_there(lambda: not blocks.missing(blocks.logs()))
+    logs = blocks.logs()
+    missing = blocks.missing(logs)
+    try:
+        if not missing:
+            _join_blocks(images, folder, blocks, logs)
+    except FileNotFoundError:
+        if blocks.folder.exists():
+            raise
+    return missing if blocks.folder.exists() else 0
+
+
+def _join_blocks(images: ImageSet, folder: Path, blocks: Blocks, logs: list[dict]) -> None:
+    """Write the files of the cache, and remove the blocks."""
+    unreadable = {int(row): reason for log in logs for row, reason in log["unreadable"].items()}
+    rows = [row for row in range(len(images)) if row not in unreadable]
+    if not rows:
+        reasons = next(iter(unreadable.values()))
+        raise ValueError(f"dataset={images.name!r}: no image can be read (the first: {reasons})")
+    ids = [images.ids[row] for row in rows]
+    first = [next(row for row in blocks.rows(block) if row not in unreadable)
+             for block, log in enumerate(logs) if kept(log)]  # fmt: skip
+    for row in first:  # which processes that knew nothing of each other may have decoded
+        shape, expected = (logs[r // blocks.size]["shape"] for r in (row, first[0]))
+        stack([np.empty(shape, dtype=np.uint8)], [images.ids[row]], tuple(expected))
+    report = {images.ids[row]: reason for row, reason in unreadable.items()}
+    parts = blocks.folder.parent
+    with tempfile.TemporaryDirectory(dir=parts) as name:
+        made = Path(name)
+        shape = blocks.join(logs, made / ARRAY)
+        write_json(made / IDS, ids)
+        table = pd.DataFrame(report.items(), columns=["id", "reason"])
+        write_whole(made / UNREADABLE, table.to_csv(index=False))
+        versions = {name: version(name) for name in ("temi", "numpy", "pillow", "timm", "torch")}
+        manifest = blocks.identity | {"shape": list(shape), "sha256": sha256(made / ARRAY)}
+        manifest |= {"batch_size": blocks.batch_size, "forward_sizes": joined_sizes(logs)}
+        write_json(made / MANIFEST, manifest | {"unreadable": report, "versions": versions})
+        for file in (ARRAY, IDS, UNREADABLE, MANIFEST):
+            os.replace(made / file, folder / file)
+        blocks.folder.rename(made / "blocks")  # at once, so that nobody takes some for all
+    shutil.rmtree(parts, ignore_errors=True)  # another process may be at the same
+
+
+def _read(images: ImageSet, folder: Path, config: ExtractionConfig) -> Features:
+    """What the cache in ``folder`` holds, after what could not be read has been said."""
+    manifest = from_first(lambda: json.loads((folder / MANIFEST).read_text()))
     unreadable = manifest["unreadable"]
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         if config.on_error == "stop":
             raise unreadable_error(name, reason)
         message = f"{len(unreadable)} of {len(images)} images could not be read, the first, {name}:"
-        warnings.warn(f"{message} {reason}; all are listed in {folder / UNREADABLE}", stacklevel=3)
+        message += f" {reason}; all are listed in {folder / UNREADABLE}"
+        if is_first():
+            warnings.warn(message, stacklevel=3)
         images = images.keep([name for name in images.ids if name not in unreadable])
+    if not is_there(lambda: json.loads((folder / MANIFEST).read_text()) == manifest):
+        raise OSError(f"{folder}: others than these embeddings were put there meanwhile")
     x = np.load(folder / ARRAY, mmap_mode="c")  # "c": may be written to, which stays in memory
     return Features(x, images.ids, manifest, images.labels, images.class_names)
-
-
-def _publish(images: ImageSet, folder: Path, log: dict) -> None:
-    """Turn a complete extraction into a cache; may be interrupted and repeated at any point."""
-    unreadable = {int(row): reason for row, reason in log["unreadable"].items()}
-    rows = [row for row in range(len(images)) if row not in unreadable]
-    if not rows:
-        reasons = next(iter(unreadable.values()))
-        raise ValueError(f"dataset={images.name!r}: no image can be read (the first: {reasons})")
-    copy_rows(folder / PART, rows, folder / ARRAY)
-    ids = [images.ids[row] for row in rows]
-    write_json(folder / IDS, ids)
-    report = {images.ids[row]: reason for row, reason in unreadable.items()}
-    table = pd.DataFrame(report.items(), columns=["id", "reason"])
-    write_whole(folder / UNREADABLE, table.to_csv(index=False))
-    made = {key: log[key] for key in ("precision", "batch_size", "forward_sizes")}
-    checksum = {"shape": [len(rows), log["dim"]], "sha256": sha256(folder / ARRAY)}
-    versions = {name: version(name) for name in ("temi", "numpy", "pillow", "timm", "torch")}
-    manifest = log["identity"] | checksum | made | {"unreadable": report, "versions": versions}
-    write_json(folder / MANIFEST, manifest)
-    (folder / PART).unlink()
-    (folder / PROGRESS).unlink()
 
 
 def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
-"""From images to a file of embeddings: decoding, batches, and going on after an interruption."""
+"""From images to blocks of embeddings: decoding, batches, and going on after an interruption."""
 
-import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from temi.backbones import Backbone, stack
+from temi.blocks import Blocks, kept
 from temi.checks import check_types
 from temi.config import Device, Precision
 from temi.data import ImageSet, UnreadableImageError
@@ -27,13 +28,11 @@ from temi.devices import (
     resolve_device,
     uses_bf16,
 )
-from temi.files import whole_file, write_json
+from temi.distributed import count, from_first, is_first, on_this_machine, rank
 
-PROGRESS = "progress.json"
 BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
 SAVE_BYTES = 2**25  # what waits in memory to be written at most
-PART = "embeddings.part.npy"
 # Of one image side times the other, in a forward pass on a CPU: what it makes then stays within the
 # caches, and within what malloc reuses instead of asking the system for fresh pages. Up to four
 # times faster than 64 images of 224 x 224 (benchmarks/embedding.py).
@@ -42,7 +41,7 @@ CPU_PASS_PIXELS = {"fp32": 2**18, "bf16": 2**19}
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """How embeddings are computed; all of it is described at :func:`temi.embed`.
+    """How embeddings are computed; see :func:`temi.embed` and :func:`temi.embed_shard`.
 
     Raises
     ------
@@ -66,20 +65,42 @@ class ExtractionConfig:
         Field(description="leave images out that cannot be read, and list them, or stop"),
     ] = "skip"
     progress: bool = True
+    shard: Annotated[
+        str | None,
+        Field(
+            description="embed a share alone, of an array of jobs: '1/8' to '8/8'; the job that "
+            "finds nothing missing any more joins all shares; None: everything"
+        ),
+    ] = None
 
     def __post_init__(self):
         check_types(self)
+        shard = re.fullmatch(r"0*([1-9]\d*)/(\d+)", self.shard or "1/1", re.ASCII)
+        if not shard or int(shard[1]) > int(shard[2]):
+            raise ValueError(f"shard={self.shard!r}: None or '1/N' to 'N/N' is allowed, as '1/8'")
         check_precision(self.precision, resolve_device(self.device))
+
+    @property
+    def share(self) -> slice:
+        """Of all blocks, those that ``shard`` names."""
+        number, of = map(int, (self.shard or "1/1").split("/"))
+        return slice(number - 1, None, of)
 
 
 def extract(
-    images: ImageSet, backbone: Backbone, folder: Path, identity: dict, config: ExtractionConfig
-) -> dict:
-    """Embed all images into ``folder/embeddings.part.npy``, or go on where that was stopped.
+    images: ImageSet,
+    backbone: Backbone,
+    folder: Path,
+    identity: dict,
+    config: ExtractionConfig,
+    force: bool = False,
+) -> Blocks:
+    """Embed all images, or a share of them, into blocks, or go on where that was stopped.
 
     Every ten seconds, and when it is interrupted, what has been computed is flushed to disk, and
-    then ``progress.json`` says how far it goes. An extraction that is continued repeats the batches
-    of the interrupted one and so gives the same file, to the bit, on the same machine.
+    then the logs of the blocks say how far they go. An extraction that is continued, by however
+    many processes, repeats the batches of the interrupted one and so gives the same embeddings, to
+    the bit on the same machine.
 
     Parameters
     ----------
@@ -88,75 +109,100 @@ def extract(
     folder : Path
         Exists.
     identity : dict
-        What the embeddings depend on; an interrupted extraction of another identity is discarded.
+        What the embeddings depend on; blocks of another identity are not used.
     config : ExtractionConfig
+    force : bool
+        Compute the share even where its blocks are there.
 
     Returns
     -------
-    dict
-        What ``progress.json`` holds: ``identity``; ``precision``; ``batch_size``; ``rows``, how
-        many are done; ``forward_sizes``, pairs of a row and the images in a forward pass from it
-        on, less than a batch where memory was short; ``unreadable``, row -> reason; ``dim``.
+    Blocks
+        Those of this process's share are done; other ranks may be at theirs still.
     """
     device = resolve_device(config.device)
-    precision = "bf16" if uses_bf16(config.precision, device) else "fp32"
-    part, log_file = folder / PART, folder / PROGRESS
-    log: dict[str, Any] = {}
-    if log_file.exists() and part.exists():
-        log = json.loads(log_file.read_text())
-    same = log.get("identity") == identity and log["precision"] == precision
-    if not same or config.batch_size not in (None, log["batch_size"]):
-        part.unlink(missing_ok=True)
-        size = config.batch_size or default_batch_size(backbone, device, precision)
-        log = {"identity": identity, "batch_size": size, "rows": 0}
-        log |= {"forward_sizes": [[0, size]], "unreadable": {}, "precision": precision}
+    precision = from_first(lambda: "bf16" if uses_bf16(config.precision, device) else "fp32")
+
+    def look() -> tuple[Blocks, list[dict | None]]:
+        blocks = Blocks.find(
+            folder, identity | {"precision": precision}, len(images), config.dtype,
+            config.batch_size, lambda: default_batch_size(backbone, device, precision),
+        )  # fmt: skip
+        if force:
+            for block in range(len(blocks))[config.share]:
+                blocks.remove(block)
+        return blocks, blocks.logs()
+
+    blocks, known = from_first(look)  # all ranks share the same work, whatever the others did since
+    share = range(len(blocks))[config.share]
+    mine = [block for block in share if blocks.left(block, known[block])][rank() :: count()]
+    logs = {block: log for block in mine if (log := known[block])}
+    found = [log for log in known if log]
+    size = min([blocks.batch_size, *(log["forward_sizes"][-1][1] for log in found)])
+    shape = next((tuple(log["shape"]) for log in found if log["shape"]), None)
+
     model = backbone.model.to(device)
     model.to(memory_format=torch.channels_last)
     workers = config.num_workers
     if workers is None and backbone.name == "pixels":
         workers = 0
-    source = _Batches(images, backbone, log["batch_size"], log["rows"])
+    left = [blocks.left(block, logs.get(block)) for block in mine]
+    source = _Batches(images, backbone, blocks.batch_size, left)
     batches = _decoded(source, workers, pin_memory=device.type == "cuda")
+    done = sum(len(blocks.rows(block)) - len(blocks.left(block, known[block])) for block in share)
     bar = tqdm(
-        total=len(images), initial=log["rows"], desc=f"embedding with {backbone.name}",
-        unit="image", file=sys.stdout, disable=not config.progress, delay=2, mininterval=1,
+        total=done + sum(map(len, left)), initial=done, desc=f"embedding with {backbone.name}",
+        unit="image", file=sys.stdout, disable=not (config.progress and is_first()), delay=2,
+        mininterval=1,
     )  # fmt: skip
-    pending, saved, shape = [], time.monotonic(), None
+    pending: dict[int, list[tuple[int, np.ndarray]]] = {}  # of each block
+    saved = time.monotonic()
     try:
         for start, pixels, rows, unreadable in batches:
-            done = len(rows) + len(unreadable)
+            block, decoded = start // blocks.size, len(rows) + len(unreadable)
+            fresh = {"rows": 0, "unreadable": {}, "forward_sizes": [[start, size]], "shape": shape}
+            log = logs.setdefault(block, fresh)
+            parts = pending.setdefault(block, [])
+            update: dict[str, Any] = {"rows": log["rows"] + decoded}
             if rows:
-                shape = shape or pixels.shape[1:]
+                shape = shape or tuple(pixels.shape[1:])
                 stack([pixels[0].numpy()], [images.ids[rows[0]]], shape)  # the same in all batches
                 x = _forward(model, pixels, log["forward_sizes"], start, precision, device)
+                size = log["forward_sizes"][-1][1]
                 x = _as_dtype(x, config.dtype, images.ids, rows)
                 blank = ~x.any(axis=1)  # no direction, so no neighbours
                 unreadable |= {rows[i]: BLANK for i in np.flatnonzero(blank)}
-                rows, x = [row for row in rows if row not in unreadable], x[~blank]
-                log["dim"] = x.shape[1]
-                pending.append((rows, x))
+                update |= {"shape": shape, "dim": x.shape[1]}
             if unreadable and config.on_error == "stop":
                 row, reason = next(iter(unreadable.items()))
                 raise unreadable_error(images.ids[row], reason)
-            log["unreadable"] |= {str(row): reason for row, reason in unreadable.items()}
-            log["rows"] = min(start + log["batch_size"], len(images))
-            bar.update(done)
-            waiting = sum(x.nbytes for _, x in pending)
+            if rows:
+                parts.append((kept(log), x[~blank]))
+            reasons = {str(row): reason for row, reason in sorted(unreadable.items())}
+            # An interruption comes before this line or after it: rows and log always agree.
+            logs[block] = log | update | {"unreadable": log["unreadable"] | reasons}
+            bar.update(decoded)
+            waiting = sum(x.nbytes for parts in pending.values() for _, x in parts)
             if time.monotonic() - saved > SAVE_SECONDS or waiting > SAVE_BYTES:
-                _save(part, log_file, log, pending, len(images))
-                pending, saved = [], time.monotonic()
+                _save(blocks, logs, pending)
+                pending, saved = {}, time.monotonic()
     finally:
         bar.close()
-        _save(part, log_file, log, pending, len(images))
-    return log
+        _save(blocks, logs, pending)
+    return blocks
+
+
+def _save(blocks: Blocks, logs: dict[int, dict], pending: dict[int, list]) -> None:
+    """Put on disk what is pending of each block."""
+    for block, parts in pending.items():
+        blocks.save(block, logs[block], parts)
 
 
 class _Batches(Dataset):
-    """Batches of decoded images from a row on; an item is one batch, made in a worker process."""
+    """Batches of decoded images of some rows; an item is one batch, made in a worker process."""
 
-    def __init__(self, images: ImageSet, backbone: Backbone, batch_size: int, first_row: int):
+    def __init__(self, images: ImageSet, backbone: Backbone, batch_size: int, left: list[range]):
         self.images, self.prepare = images, backbone.prepare
-        self.starts = range(first_row, len(images), batch_size)
+        self.starts = [start for rows in left for start in rows[::batch_size]]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -190,8 +236,8 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
     If that is None, the first two batches are decoded here. The second, for the first is slow for
     other reasons, decides by the time that the caller spends on it: no process where decoding takes
     less than a fifth of the whole, for on a CPU it would take a core from the forward pass and
-    stall its other threads; else one for each core, up to eight. The batches are the same either
-    way.
+    stall its other threads; else one for each core that no other rank needs, up to eight. The
+    batches are the same either way.
     """
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
@@ -200,7 +246,8 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
         decoding = time.perf_counter() - clock
         yield batch
         waiting = time.perf_counter() - clock - decoding
-        workers = 0 if decoding < waiting / 4 else min(8, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // on_this_machine()
+        workers = 0 if decoding < waiting / 4 else min(8, max(1, cores))
     if tried < len(source):
         yield from DataLoader(
             Subset(source, range(tried, len(source))),
@@ -255,26 +302,3 @@ def _as_dtype(x: np.ndarray, dtype: str, ids: Sequence[str], rows: list[int]) ->
         name = ids[rows[int(wrong.argmax())]]
         raise ValueError(f"image {name!r}: its embedding is not finite in {dtype}; {remedy}")
     return converted
-
-
-def _save(part: Path, log_file: Path, log: dict, pending: list, num_rows: int) -> None:
-    """Put the pending rows on disk, and after that the record that they are there."""
-    if pending:
-        new = {"shape": (num_rows, pending[0][1].shape[1]), "dtype": pending[0][1].dtype}
-        options = {"mode": "r+"} if part.exists() else {"mode": "w+", **new}
-        file = np.lib.format.open_memmap(part, **options)
-        for rows, x in pending:
-            file[rows] = x
-        file.flush()
-        del file  # unmapped, so that its pages do not count as this process's memory
-    write_json(log_file, log)
-
-
-def copy_rows(source: Path, rows: Sequence[int], target: Path) -> None:
-    """Write some rows of an array's file to another file, whole or not at all, in flat memory."""
-    x = np.load(source, mmap_mode="r")
-    header = {"descr": x.dtype.str, "fortran_order": False, "shape": (len(rows), x.shape[1])}
-    with whole_file(target) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(rows), 65536):
-            file.write(x[rows[start : start + 65536]].tobytes())

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -84,6 +85,17 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all; NaN and infinity, which JSON has not, are an error."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def is_there(look: Callable[[], bool], seconds: float = 90.0) -> bool:
+    """Whether ``look`` says so, now or once a network file system shows what others have written.
+
+    Such a system may show a folder as it was up to a minute ago.
+    """
+    over = time.monotonic() + seconds
+    while not (seen := look()) and time.monotonic() < over:
+        time.sleep(0.5)
+    return seen
 
 
 def sha256(path: Path) -> str:

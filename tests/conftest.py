@@ -3,10 +3,13 @@
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from plain_dinov2 import release
 
+from temi import embeddings
 from temi.backbones import load_backbone
 
 CHROMIUM = shutil.which("chromium")
@@ -41,3 +44,26 @@ def browser():
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty small images of noise."""
+    rng = np.random.default_rng(0)
+    target = tmp_path / "photos"
+    target.mkdir()
+    for i in range(60):
+        pixels = rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(target / f"{i:03d}.png")
+    return target
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Make a backbone the one that is loaded, whatever its name."""
+
+    def put(backbone):
+        monkeypatch.setattr(embeddings, "load_backbone", lambda *_, **__: backbone)
+        return backbone
+
+    return put

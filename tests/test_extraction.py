@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from temi import embeddings
+from temi import blocks, embeddings
 from temi.backbones import Backbone
 from temi.data import load_images
 from temi.embeddings import embed
@@ -57,28 +57,6 @@ def tiny(**options) -> Backbone:
         model=Tiny(**options).eval(),
         dim=5,
     )
-
-
-@pytest.fixture
-def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    target = tmp_path / "photos"
-    target.mkdir()
-    for i in range(60):
-        pixels = rng.integers(0, 255, (10, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(target / f"{i:03d}.png")
-    return target
-
-
-@pytest.fixture
-def use(monkeypatch):
-    """Make a backbone the one that is loaded, whatever its name."""
-
-    def put(backbone: Backbone) -> Backbone:
-        monkeypatch.setattr(embeddings, "load_backbone", lambda *_, **__: backbone)
-        return backbone
-
-    return put
 
 
 def options(tmp_path, **more):
@@ -206,9 +184,10 @@ def test_an_interrupted_extraction_goes_on(folder, tmp_path, use, monkeypatch):
     assert stored(tmp_path) == stored(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("when", ["made", "moved"])
 @pytest.mark.parametrize("stop_at", ["embeddings.npy", "ids.json", "unreadable.csv", "manifest"])
 def test_a_stop_while_the_cache_is_written_loses_nothing(
-    folder, tmp_path, use, monkeypatch, stop_at
+    folder, tmp_path, use, monkeypatch, stop_at, when
 ):
     use(tiny())
     images = load_images(str(folder))
@@ -219,12 +198,21 @@ def test_a_stop_while_the_cache_is_written_loses_nothing(
         def stop(*args):
             if stop_at in str([*args[:1], args[-1]]):
                 raise KeyboardInterrupt
-            write(*args)
+            return write(*args)
 
         return stop
 
-    for name in ("copy_rows", "write_json", "write_whole"):
-        monkeypatch.setattr(embeddings, name, stopping(getattr(embeddings, name)))
+    def stop_moving(source, target, move=os.replace):
+        if stop_at in str(target) and "parts" not in target.parts:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    if when == "moved":
+        monkeypatch.setattr(os, "replace", stop_moving)
+    else:
+        monkeypatch.setattr(blocks.Blocks, "join", stopping(blocks.Blocks.join))
+        for name in ("write_json", "write_whole"):
+            monkeypatch.setattr(embeddings, name, stopping(getattr(embeddings, name)))
     with pytest.raises(KeyboardInterrupt):
         embed(images, "tiny", **options(tmp_path))
     monkeypatch.undo()
@@ -258,8 +246,8 @@ t.embed(images, "tiny", **t.options(t.Path({str(tmp_path)!r})))
         time.sleep(rng.uniform(0.4, 1.0))
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        log = next(tmp_path.rglob("cache/**/progress.json"))
-        done.append(json.loads(log.read_text())["rows"])
+        logs = tmp_path.rglob("cache/**/parts/*/*.json")
+        done.append(sum(json.loads(log.read_text())["rows"] for log in logs))
     assert 0 < done[0] < done[1] < done[2] <= 60
     embed(images, "tiny", **options(tmp_path))
     assert stored(tmp_path) == stored(tmp_path / "whole")

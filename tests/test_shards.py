@@ -1,0 +1,298 @@
+"""One extraction by several processes: under torchrun, or as jobs that know of no other."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from test_extraction import options, stored, tiny
+
+import temi
+from temi import embeddings, extraction
+from temi.__main__ import main
+from temi.blocks import Blocks
+from temi.files import is_there
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = """
+import json, os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_extraction as t
+from temi import distributed, embeddings, extraction
+
+class Noted(extraction._Batches):
+    def __getitem__(self, index):
+        with open({decoded!r}, "a") as file:
+            file.write(f"{{self.starts[index]}}\\n")
+        return super().__getitem__(index)
+
+class Deadly(t.Tiny):
+    def forward(self, x):
+        if {kill} and distributed.rank() == 1 and self.calls == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+extraction.SAVE_SECONDS, extraction._Batches, t.Tiny = 0.0, Noted, Deadly
+embeddings.load_backbone = lambda *_, **__: t.tiny(pause={pause})
+features = t.embed(t.load_images({images!r}), "tiny", **t.options(t.Path({place!r})))
+print("ids", len(features), features.ids[-1], features.x.shape)
+"""
+
+
+def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, **options
+    )
+
+
+def program(tmp_path: Path, images: Path, processes: int, kill: bool = False, pause: float = 0.0):
+    """Embed under torchrun; also which batches were decoded, by their first rows."""
+    decoded, file = tmp_path / "decoded", tmp_path / "program.py"
+    decoded.unlink(missing_ok=True)
+    file.write_text(PROGRAM.format(
+        tests=str(ROOT / "tests"), decoded=str(decoded), kill=kill, pause=pause,
+        images=str(images), place=str(tmp_path),
+    ))  # fmt: skip
+    done = torchrun(processes, str(file))
+    return done, sorted(map(int, decoded.read_text().split()))
+
+
+def rows_on_disk(place: Path) -> list[int]:
+    """Rows that the logs name, for blocks of one batch of 8."""
+    logs = place.rglob("cache/**/parts/*/*.json")
+    done = {8 * int(log.stem): json.loads(log.read_text())["rows"] for log in logs}
+    return sorted(start for start, rows in done.items() if rows)
+
+
+def jpegs(folder: Path, count: int) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for row in range(count):
+        pixels = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{row:03d}.jpg")
+    return folder
+
+
+def arguments(folder: Path, data_dir: Path, *more: str) -> list[str]:
+    return ["embed", str(folder), "--image-size", "6", "--batch-size", "8", "--num-workers", "0",
+            "--data-dir", str(data_dir), *more]  # fmt: skip
+
+
+def test_torchrun_writes_the_cache_of_one_process(tmp_path):
+    photos = jpegs(tmp_path / "photos", 60)
+    (photos / "007.jpg").write_bytes(b"no image")  # of rank 0
+    (photos / "012.jpg").write_bytes(b"")  # of rank 1
+    with pytest.warns(UserWarning, match=r"2 of 60 images .* 007\.jpg"):
+        assert main(arguments(photos, tmp_path / "alone" / "cache")) == 0
+    done = torchrun(2, "-m", "temi", *arguments(photos, tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("images: 58") == 1
+    assert done.stderr.count("could not be read") == 1
+    expected = stored(tmp_path / "alone")
+    assert set(expected) == {"embeddings.npy", "ids.json", "manifest.json", "unreadable.csv"}
+    assert stored(tmp_path) == expected
+
+
+def test_a_killed_rank_loses_nothing_that_another_number_of_ranks_needs(folder, tmp_path, use):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    done, _ = program(tmp_path, folder, processes=2, kill=True, pause=0.1)
+    assert done.returncode != 0
+    there = rows_on_disk(tmp_path)
+    assert {0, 8, 24} <= set(there) < set(range(0, 60, 8))  # rank 1 had 8, 24, 40, 56
+    shutil.copytree(tmp_path / "cache", tmp_path / "one" / "cache")
+
+    done, decoded = program(tmp_path, folder, processes=3)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("ids 60 059.png (60, 5)") == 3  # all ranks have them
+    assert sorted(there + decoded) == list(range(0, 60, 8))
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+
+    backbone = use(tiny())
+    temi.embed(images, "tiny", **options(tmp_path / "one"))
+    assert backbone.model.calls == 8 - len(there)
+    assert stored(tmp_path / "one") == stored(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_shards_in_any_order_make_the_cache_of_one_process(tmp_path, order, capsys):
+    photos = jpegs(tmp_path / "photos", 60)
+    for row in (3, 9, 55):  # of shards 1, 2, 1
+        (photos / f"{row:03d}.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="3 of 60"):
+        main(arguments(photos, tmp_path / "alone" / "cache"))
+    own = {1: 32, 2: 28}  # images of a shard: batches 0, 2, 4, 6 and 1, 3, 5, 7
+    capsys.readouterr()
+    for shard, missing in zip(order, (own[order[1]], 0), strict=True):
+        more = ["--shard", f"{shard}/2", "--json-summary"]
+        assert main(arguments(photos, tmp_path / "cache", *more)) == 0
+        summary = json.loads(capsys.readouterr().out)
+        assert summary == {"images": 60, "shard": f"{shard}/2", "missing": missing}
+    assert stored(tmp_path) == stored(tmp_path / "alone")
+    table = pd.read_csv(next(tmp_path.rglob("cache/**/unreadable.csv")))
+    assert table["id"].tolist() == ["003.jpg", "009.jpg", "055.jpg"]
+    assert not list(tmp_path.rglob("cache/**/parts"))
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "x", "1/0", "1/2/3", "-1/2", "1.0/2"])
+def test_a_wrong_shard_is_said_in_one_line(tmp_path, shard, capsys):
+    photos = jpegs(tmp_path / "photos", 2)
+    assert main(arguments(photos, tmp_path / "cache", f"--shard={shard}")) == 1
+    error = capsys.readouterr().err
+    assert error == f"error: shard={shard!r}: None or '1/N' to 'N/N' is allowed, as '1/8'\n"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_plain_call_computes_what_shards_left(folder, tmp_path, use):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    assert temi.embed_shard(images, "tiny", shard="12/12", **options(tmp_path)) == 60  # empty
+    assert temi.embed_shard(images, "tiny", shard="3/3", **options(tmp_path)) == 44
+    backbone = use(tiny())
+    default = options(tmp_path) | {"batch_size": None}  # the recorded one
+    temi.embed(images, "tiny", **default)
+    assert backbone.model.calls == 6
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+    assert temi.embed_shard(images, "tiny", shard="1/3", **options(tmp_path)) == 0
+    assert backbone.model.calls == 6
+
+
+def test_shards_of_other_settings_are_never_mixed(folder, tmp_path, use):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    for seed, more in ((1, {}), (0, {"dtype": "float32"}), (0, {"batch_size": 4})):
+        use(tiny(seed=seed))
+        temi.embed_shard(images, "tiny", shard="1/2", **(options(tmp_path) | more))
+    use(tiny())
+    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    assert temi.embed_shard(images, "tiny", shard="2/2", **options(tmp_path)) == 32
+    assert temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path)) == 0
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+def test_force_recomputes_a_share_and_keeps_the_old_cache_until_then(folder, tmp_path, use):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    temi.embed(images, "tiny", **options(tmp_path))
+    before = stored(tmp_path)
+    backbone = use(tiny())
+    forced = options(tmp_path, force_recompute=True)
+    for calls in (4, 8):  # the same share again is computed again
+        assert temi.embed_shard(images, "tiny", shard="1/2", **forced) == 28
+        assert backbone.model.calls == calls
+        assert {name: stored(tmp_path)[name] for name in before} == before
+    assert temi.embed_shard(images, "tiny", shard="2/2", **forced) == 0
+    assert stored(tmp_path) == before
+
+
+def test_smaller_passes_of_one_job_are_recorded_with_their_rows(folder, tmp_path, use):
+    images = temi.load_images(str(folder))
+    use(tiny())
+    temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
+    use(tiny(most=4))
+    temi.embed_shard(images, "tiny", shard="2/2", **options(tmp_path))
+    (manifest,) = tmp_path.rglob("manifest.json")
+    sizes = json.loads(manifest.read_text())["forward_sizes"]
+    assert sizes == [[0, 8], [8, 4], [16, 8], [24, 4], [32, 8], [40, 4], [48, 8], [56, 4]]
+
+
+def test_jobs_whose_pixels_differ_in_size_are_told(folder, tmp_path):
+    for row in range(8, 16):
+        Image.new("RGB", (9, 9), "red").save(folder / f"{row:03d}.png")
+    images = temi.load_images(str(folder))
+    mine = options(tmp_path)
+    temi.embed_shard(images, "pixels", shard="2/8", **mine)
+    with pytest.raises(ValueError, match=r"000\.png' is 10 x 12 x 3 where those before are 9 x 9"):
+        temi.embed(images, "pixels", **mine)
+
+
+@pytest.mark.parametrize("moment", ["before the logs", "before the rows", "before the move"])
+def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, moment):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    place, name = {
+        "before the logs": (Blocks, "logs"),
+        "before the rows": (Blocks, "join"),
+        "before the move": (embeddings, "sha256"),
+    }[moment]
+    original, publish = getattr(place, name), embeddings._publish
+    mine: list = []
+
+    def overtaken(*given):
+        if mine:  # the other job joins all of it first
+            found = mine.pop()
+            assert publish(*found, complete=False) == 0
+        return original(*given)
+
+    def noted(*given, complete):
+        mine.append(given)
+        return publish(*given, complete=complete)
+
+    monkeypatch.setattr(embeddings, "_publish", noted)
+    monkeypatch.setattr(place, name, overtaken)
+    assert temi.embed_shard(images, "tiny", shard="1/1", **options(tmp_path)) == 0
+    assert not mine
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+    assert not list(tmp_path.rglob("cache/**/parts"))
+
+
+def test_a_block_whose_rows_are_cut_short_is_computed_again(folder, tmp_path, use):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
+    rows = sorted(tmp_path.rglob("*.rows"))
+    rows[1].write_bytes(rows[1].read_bytes()[:-2])
+    rows[2].write_bytes(rows[2].read_bytes() + b"beyond what the log names")
+    backbone = use(tiny())
+    temi.embed(images, "tiny", **options(tmp_path))
+    assert backbone.model.calls == 5
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("num_rows", [1, 60, 1797, 10_000, 1_281_167, 50_000_000])
+@pytest.mark.parametrize("batch_size", [1, 20, 64, 512, 100_000])
+def test_blocks_cover_all_rows_on_the_grid_of_the_batches(num_rows, batch_size):
+    blocks = Blocks(Path(), {}, num_rows, batch_size, "float16")
+    spans = [blocks.rows(block) for block in range(len(blocks))]
+    assert spans[0].start == 0
+    assert spans[-1].stop == num_rows
+    assert all(a.stop == b.start for a, b in itertools.pairwise(spans))
+    assert all(span.start % batch_size == 0 and len(span) for span in spans)
+    assert len(spans) <= 256 or len(spans[0]) > 65_536 - batch_size
+    assert len(spans[0]) < 65_536 + batch_size
+
+
+def test_what_a_network_shows_late_is_waited_for():
+    answers = iter([False, True])
+    assert is_there(lambda: next(answers))
+    assert not is_there(lambda: False, seconds=0)
+
+
+def test_a_progress_bar_counts_the_images_of_the_share(folder, tmp_path, use, monkeypatch):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    bars = []
+
+    class Bar(extraction.tqdm):
+        def __init__(self, **given):
+            bars.append((given["initial"], given["total"]))
+            super().__init__(**given)
+
+    monkeypatch.setattr(extraction, "tqdm", Bar)
+    temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
+    temi.embed(images, "tiny", **options(tmp_path))
+    assert bars == [(0, 32), (32, 60)]
