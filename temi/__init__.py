@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "backbones": ["load_backbone"],
         "baselines": ["kmeans"],
         "config": ["RECIPES", "RunOptions", "TrainConfig"],
+        "costs": ["estimate_costs"],
         "data": ["ImageSet", "load_images"],
         "embeddings": ["Features", "embed", "embed_shard", "load_cached", "load_features"],
         "ensemble": ["agreement_between_heads", "align_heads", "loss_weights", "vote"],

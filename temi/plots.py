@@ -267,6 +267,45 @@ def planes(points: np.ndarray, grids: np.ndarray, names: Sequence[str], ylabel: 
     return figure
 
 
+def data_flow(ranks: int = 3) -> Figure:
+    """What each of several processes does, and where all of them meet: from files to a run.
+
+    Parameters
+    ----------
+    ranks : int
+        Rows of the drawing.
+    """
+    figure, axis = plt.subplots(figsize=(9, 0.7 * ranks + 0.9))
+    stages = [  # one box for all ranks, or one each, with what it says
+        ("files", None), (None, "embeds\nshard {0}/{1}"), ("cache", None),
+        (None, "searches for\nits rows"), ("neighbours\nof all", None),
+        (None, "its part of\neach batch"), ("run,\nby rank 0", None),
+    ]  # fmt: skip
+    middle, width = (ranks - 1) / 2, 1.1
+    for column, (shared, own) in enumerate(stages):
+        texts = [shared] if shared else [own.format(r + 1, ranks) for r in range(ranks)]
+        color = COLORS["kmeans" if shared else "ensemble"]
+        for row, text in enumerate(texts):
+            y, height = (middle, ranks - 0.3) if shared else (ranks - 1 - row, 0.7)
+            corner = (1.5 * column - width / 2, y - height / 2)
+            box = plt.Rectangle(corner, width, height, fc=color, ec=color, alpha=0.25)
+            axis.add_patch(box)
+            axis.text(1.5 * column, y, text, ha="center", va="center", size="small")
+        for y in range(ranks) if column else ():
+            ends = {"xy": (1.5 * column - width / 2, y), "xytext": (1.5 * column - 0.95, y)}
+            axis.annotate("", **ends, arrowprops={"arrowstyle": "->", "color": "0.3"})
+    for y in range(ranks - 1):
+        ends = {"xy": (7.5, y + 0.65), "xytext": (7.5, y + 0.35)}
+        axis.annotate("", **ends, arrowprops={"arrowstyle": "<->", "color": COLORS["wrong"]})
+    said = "gradients and marginals,\naveraged in each step"
+    axis.text(7.5, -0.45, said, ha="center", va="top", size="small", color=COLORS["wrong"])
+    axis.set(title="Every rank works on its own rows; all meet at arrays and in each step",
+             xlim=(-0.7, 9.7), ylim=(-1.1, ranks - 0.4))  # fmt: skip
+    axis.axis("off")
+    plt.close(figure)
+    return figure
+
+
 def stack(figures: Sequence[Figure]) -> Image.Image:
     """Figures of one size, one below the other, in 32 colours: a third of the bytes."""
     pictures = []

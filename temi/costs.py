@@ -1,0 +1,308 @@
+"""What a run costs before it is run: time, memory and disk of each stage, by arithmetic.
+
+Three kinds of numbers, never mixed: counted (operations of a network, bytes of an array), measured
+(:data:`MEASURED`, on one core of a CPU, by ``benchmarks/costs.py``) and assumed
+(:data:`UTILISATION`, :data:`LAUNCH_SECONDS`). Nothing here was measured on a GPU.
+"""
+
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from temi.backbones import DINOV2, spaces
+from temi.config import TrainConfig
+
+
+class Hardware(NamedTuple):
+    """Peaks of dense matrix products as the data sheet states them, and memory."""
+
+    bf16: float | None  # TFLOPS without sparsity, sums in fp32; None: products stay in fp32
+    fp32: float  # TFLOPS
+    memory: float | None  # GB
+    source: str
+
+
+MEASURED: dict[str, Any] = {
+    "peak_gflops": 91.7,
+    "vit_share": 0.924,
+    "efficientnet_share": 0.326,
+    "read_seconds": 0.00801,
+    "step_seconds": 0.238,
+    "step_seconds_per_cluster": 0.000478,
+    "operators": 341,
+    "embedding_gb": 0.702,
+}
+"""On one core, in fp32: results/benchmarks/costs.json, rounded, as a test sees to. A step is one of
+512 rows of 256 numbers with 16 heads."""
+
+POWER_LAWS = {
+    "exact-search": (138.0, 2.02),
+    "approximate-search": (56.2, 1.56),
+    "labels": (20.1, 0.919),
+    "vote": (0.174, 0.944),
+}
+"""Of the same: seconds for 100,000 images and the exponent of their number; rows of 256 numbers, 16
+heads, 100 clusters."""
+
+UTILISATION = {"vit": 0.4, "efficientnet": 0.1}
+"""Assumed share of a GPU's peak that a forward pass reaches: a transformer is nearly all large
+matrix products; depthwise convolutions move much memory for few operations."""
+
+LAUNCH_SECONDS = 1e-5
+"""Assumed time that eager PyTorch needs to start an operator on a GPU, below which none of them
+ends, however fast the GPU."""
+
+HARDWARE = {
+    "cpu": Hardware(None, MEASURED["peak_gflops"] / 1e3, None, "one core, measured: costs.json"),
+    "t4": Hardware(None, 8.1, 16, "NVIDIA T4 data sheet (no bf16; 65 in fp16, not used here)"),
+    "l4": Hardware(121, 30.3, 24, "NVIDIA L4 data sheet (242 with sparsity)"),
+    "rtx4090": Hardware(165.2, 82.6, 24, "NVIDIA Ada GPU architecture, appendix A"),
+    "a100": Hardware(312, 19.5, 80, "NVIDIA A100 data sheet, SXM"),
+    "h100": Hardware(989.4, 66.9, 80, "NVIDIA H100 data sheet, SXM (1,979 with sparsity)"),
+}
+"""What :func:`estimate_costs` knows; an estimate for another GPU is that of one with its peaks."""
+
+ARCHITECTURES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40)}
+"""Width and depth of DINOv2's networks (Oquab et al., 2023, appendix B)."""
+
+_LITE0_FLOPS, _LITE0_WEIGHTS, _LITE0_DIM = 2 * 407e6, 4.7e6, 1280  # its authors' README, 224 pixels
+_EXACT_UP_TO = 250_000  # neighbors.EXACT_UP_TO, whose module loads torch
+_BASE_GB = 0.4  # Python and torch themselves
+_SIMILARITIES_GB = 0.27  # a chunk of them, and what is made of it: see neighbors.LARGEST
+_HIDDEN, _BOTTLENECK = 512, 256  # of a head
+
+
+def flops_per_image(backbone: str, image_size: int | None = None) -> float:
+    """Floating-point operations of a backbone's forward pass, a product and a sum counted as two.
+
+    Of a transformer of width D and depth L on n tokens, matrix products alone:
+    L (24 n D² + 4 n² D), where 24 n D² are the products with weights (4 D² numbers in the
+    attention and 8 D² in the perceptron of each block, two operations each) and 4 n² D those of
+    the tokens with one another; and 2 · 588 D for each patch of 14 x 14 pixels. Tokens are the
+    patches, a class token, and four registers where the name ends in ``_reg``.
+
+    Parameters
+    ----------
+    backbone : str
+        ``"dinov2_vits14"`` to ``"dinov2_vitg14_reg"``, ``"efficientnet_lite0"`` (its authors'
+        figure, in proportion to the pixels) or ``"pixels"``, which computes nothing.
+    image_size : int, optional
+        Side in pixels; None: 224.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If the operations of that backbone are not known here.
+    """
+    _check_backbone(backbone)
+    side = 224 if image_size is None else image_size
+    _check_number("image_size", side)
+    if backbone == "pixels":
+        return 0.0
+    if backbone == "efficientnet_lite0":
+        return _LITE0_FLOPS * (side / 224) ** 2
+    width, depth = _architecture(backbone)
+    patches = (side // 14) ** 2
+    tokens = patches + 1 + 4 * backbone.endswith("_reg")
+    blocks = depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    return float(blocks + 2 * 3 * 14**2 * width * patches)
+
+
+def estimate_costs(
+    num_images: int,
+    backbone: str = "dinov2_vitb14",
+    hardware: str = "cpu",
+    *,
+    ranks: int = 1,
+    cores: int = 8,
+    image_size: int | None = None,
+    config: TrainConfig | None = None,
+) -> pd.DataFrame:
+    """Time, memory and disk that each stage of a run will take.
+
+    To plan with, not to compare with: right within a small factor at best. Times on the CPU are
+    measured ones, carried on in a power law beyond 100,000 images. Times on a GPU are extrapolated
+    from them in proportion to the peaks of matrix products, where the data sheets' peaks and the
+    shares of them in :data:`temi.costs.UTILISATION` are taken on trust; a training step on a GPU
+    takes no less than the starting of its operators. What is sent between ranks is not counted.
+
+    Parameters
+    ----------
+    num_images : int
+        N.
+    backbone : str
+        See :func:`temi.costs.flops_per_image`; several joined by ``+`` add up.
+    hardware : str
+        One of :data:`temi.costs.HARDWARE`; ``"cpu"`` is one core of the machine that was measured.
+    ranks : int
+        Processes, one a GPU or one a core, that share the embedding, each training step and the
+        neighbour search.
+    cores : int
+        CPU cores that read and decode images beside each GPU, as many as :func:`temi.embed` takes
+        at most by itself. With ``hardware="cpu"`` the one core of a rank does that too.
+    image_size : int, optional
+        Side in pixels that the backbone sees; None: 224.
+    config : TrainConfig, optional
+        Of the training; None: the recipe ``fast`` with 100 clusters.
+
+    Returns
+    -------
+    DataFrame
+        A row a stage: ``read``, files of 640 x 480 pixels in JPEG to what the backbone sees;
+        ``embed``, its forward pass; ``neighbours``; ``train``; ``label``, the heads' clusters and
+        the vote; and ``in all``, in which reading takes no time of its own while a GPU embeds.
+        Columns: ``seconds`` and ``hours``; ``memory (GB)`` of each rank; ``disk (GB)`` that stays
+        in use (of the embeddings twice that while they are written; images not counted).
+
+    Raises
+    ------
+    ValueError
+        One line that names the argument, its value and what is allowed.
+    """
+    for name, value in (("num_images", num_images), ("ranks", ranks), ("cores", cores)):
+        _check_number(name, value)
+    parts = spaces(backbone)
+    flops = {part: flops_per_image(part, image_size) for part in parts}
+    if hardware not in HARDWARE:
+        known = ", ".join(map(repr, HARDWARE))
+        raise ValueError(f"hardware={hardware!r}: one of {known} is allowed")
+    config = (config or TrainConfig(num_clusters=100)).resolve(num_images)
+    dim = sum(map(_dim, parts))
+    width = min(config.pca_dim or dim, dim)
+    on_cpu = hardware == "cpu"
+
+    decoders = 1 if on_cpu else cores
+    read = num_images * len(parts) * MEASURED["read_seconds"] / (decoders * ranks)
+    embed = num_images * sum(
+        operations / _embedding_rate(part, hardware) for part, operations in flops.items()
+    )
+    search = _search_seconds(num_images, width, hardware)
+    steps = config.epochs * max(1, num_images // int(config.batch_size))
+    step = _step_seconds(config, width, hardware, ranks)
+    label = _label_seconds(num_images, config, width, hardware)
+    seconds = {"read": read, "embed": embed / ranks, "neighbours": search / ranks,
+               "train": steps * step, "label": label}  # fmt: skip
+    seconds["in all"] = sum(seconds.values()) - (0 if on_cpu else min(read, embed / ranks))
+
+    table = pd.DataFrame({"seconds": pd.Series(seconds)}).rename_axis("stage")
+    table["hours"] = table["seconds"] / 3600
+    table["memory (GB)"] = _memory(num_images, parts, config, width, on_cpu)
+    table["disk (GB)"] = _disk(num_images, dim, config, width)
+    table.loc["in all", "memory (GB)"] = table["memory (GB)"].max()
+    table.loc["in all", "disk (GB)"] = table["disk (GB)"].sum()
+    return table
+
+
+def _check_number(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}={value!r}: a whole number from 1 is allowed")
+
+
+def _check_backbone(name: str) -> None:
+    known = ("pixels", "efficientnet_lite0", *DINOV2)
+    if name not in known:
+        allowed = ", ".join(map(repr, known))
+        raise ValueError(f"backbone={name!r}: the operations of {allowed} are known, no others")
+
+
+def _architecture(backbone: str) -> tuple[int, int]:
+    return ARCHITECTURES[backbone.removeprefix("dinov2_vit")[0]]
+
+
+def _dim(backbone: str) -> int:
+    """Numbers in an embedding; of pixels, as of a photograph of 224 x 224 in colour."""
+    own = {"pixels": 3 * 224**2, "efficientnet_lite0": _LITE0_DIM}
+    return own[backbone] if backbone in own else _architecture(backbone)[0]
+
+
+def _weights(backbone: str) -> float:
+    """Numbers that a backbone holds; of a transformer 12 D² in each block, and few besides."""
+    own = {"pixels": 0.0, "efficientnet_lite0": _LITE0_WEIGHTS}
+    if backbone in own:
+        return own[backbone]
+    width, depth = _architecture(backbone)
+    return 12.0 * depth * width**2
+
+
+def _embedding_rate(backbone: str, hardware: str) -> float:
+    """Operations a second of a forward pass."""
+    kind = "efficientnet" if backbone == "efficientnet_lite0" else "vit"
+    own = HARDWARE[hardware]
+    share = MEASURED[f"{kind}_share"] if hardware == "cpu" else UTILISATION[kind]
+    return share * 1e12 * (own.bf16 or own.fp32)
+
+
+def _power_law(stage: str, num_images: int) -> float:
+    seconds, exponent = POWER_LAWS[stage]
+    return seconds * (num_images / 1e5) ** exponent
+
+
+def _search_seconds(num_images: int, width: int, hardware: str) -> float:
+    """Of all rows, whose numbers are fp32: approximate of many on a CPU, else exact."""
+    approximate = hardware == "cpu" and num_images > _EXACT_UP_TO
+    seconds = _power_law("approximate-search" if approximate else "exact-search", num_images)
+    return seconds * width / 256 * HARDWARE["cpu"].fp32 / HARDWARE[hardware].fp32
+
+
+def _head_flops(config: TrainConfig, width: int) -> float:
+    """Operations of all heads' forward pass for one row."""
+    inner = _HIDDEN * (width + _BOTTLENECK) + _BOTTLENECK * config.num_clusters
+    return 2.0 * config.num_heads * inner
+
+
+def _step_seconds(config: TrainConfig, width: int, hardware: str, ranks: int) -> float:
+    """Of one training step, whose rows the ranks share."""
+    rows = int(config.batch_size) * config.group_size
+    at_256 = _head_flops(config, 256)
+    seconds = MEASURED["step_seconds"] + MEASURED["step_seconds_per_cluster"] * config.num_clusters
+    seconds *= rows / 512 / ranks * config.num_heads / 16 * _head_flops(config, width) / at_256
+    if hardware == "cpu":
+        return seconds
+    own = HARDWARE[hardware]
+    seconds *= HARDWARE["cpu"].fp32 / (own.bf16 or own.fp32)
+    return max(seconds, MEASURED["operators"] * LAUNCH_SECONDS)
+
+
+def _label_seconds(num_images: int, config: TrainConfig, width: int, hardware: str) -> float:
+    """All heads on all images before the first step and after the last, a vote after each epoch."""
+    reference = TrainConfig(num_clusters=100)
+    ratio = _head_flops(config, width) / _head_flops(reference, 256)
+    ratio *= HARDWARE["cpu"].fp32 / HARDWARE[hardware].fp32
+    labels = 2 * _power_law("labels", num_images) * ratio
+    return labels + config.epochs * _power_law("vote", num_images) * config.num_heads / 16
+
+
+def _memory(
+    num_images: int, parts: tuple[str, ...], config: TrainConfig, width: int, on_cpu: bool
+) -> pd.Series:
+    """GB of each stage: what an image has in each of the arrays that stand beside each other."""
+    heads, k = config.num_heads, config.num_neighbors
+    row = 4 * width
+    approximate = on_cpu and num_images > _EXACT_UP_TO
+    bytes_per_image = {
+        # rows, normalised, and padded or in the index; ids and similarities (and copies of them)
+        "neighbours": 3 * row + (3 if approximate else 1) * 12 * k,
+        # rows, ids of neighbours, a random number for each, pairs, labels and copies of them
+        "train": row + 8 * k + 4 * k + 8 * config.group_size + 16 * heads,
+        # the same without what an epoch draws; the heads' labels as they come, and aligned
+        "label": row + 8 * k + 28 * heads,
+    }
+    gb = {stage: _BASE_GB + num_images * size / 1e9 for stage, size in bytes_per_image.items()}
+    network = 4 * max(map(_weights, parts)) / 1e9
+    gb["neighbours"] += 0 if approximate else _SIMILARITIES_GB
+    gb |= {"read": MEASURED["embedding_gb"], "embed": MEASURED["embedding_gb"] + network}
+    return pd.Series(gb)
+
+
+def _disk(num_images: int, dim: int, config: TrainConfig, width: int) -> pd.Series:
+    """GB of each stage: float16 embeddings with names, three checkpoints, a table of clusters."""
+    heads = _head_flops(config, width) / 2  # numbers in their weights
+    checkpoint = 16 * heads + 4 * config.num_heads * num_images  # networks, moments; labels
+    return pd.Series(
+        {"read": 0.0, "embed": num_images * (2 * dim + 30) / 1e9, "neighbours": 0.0,
+         "train": 3 * checkpoint / 1e9, "label": 40 * num_images / 1e9}
+    )  # fmt: skip
