@@ -26,6 +26,7 @@ Writes results/benchmarks/larger_than_memory.json.
 """
 
 import argparse
+import json
 import mmap
 import os
 import platform
@@ -121,7 +122,8 @@ def control_group(limit: int) -> Iterator[Path | None]:
         yield group
     finally:
         if group is not None:
-            (before / "cgroup.procs").write_text(str(os.getpid()))
+            for process in (group / "cgroup.procs").read_text().split():  # a helper of spawn's too
+                (before / "cgroup.procs").write_text(process)
             group.rmdir()
 
 
@@ -187,25 +189,27 @@ def train_cut(folder: str, images: int, kind: str, steps: int, place: str) -> di
 
 def reading(folder: str, images: int) -> dict:
     """Bytes and seconds of what a step reads, without anything computed from it."""
-    x = opened(folder, f"{images}")
-    block = rows.rows_per_block(x)
+    shape = opened(folder, f"{images}")[:1]
+    block, size_of_row = rows.rows_per_block(shape), shape[0].nbytes
+    del shape  # pages that are mapped cannot be forgotten
     steps = rows.WINDOW * block // BATCH  # of one window
-    found: dict = {"row_bytes": x[0].nbytes, "page_bytes": mmap.PAGESIZE, "block_rows": block}
+    found: dict = {"row_bytes": size_of_row, "page_bytes": mmap.PAGESIZE, "block_rows": block}
 
     def measure(name: str, batches: np.ndarray, read) -> None:
         forget(folder)
+        x = opened(folder, f"{images}")
         before, clock = bytes_read(), time.perf_counter()
         for batch in batches:
-            read(batch)
+            read(x, batch)
         seconds, size = time.perf_counter() - clock, bytes_read() - before
         found[name] = {
             "mb_per_step": size / len(batches) / 1e6,
-            "times_the_rows": size / (batches.size * x[0].nbytes),
+            "times_the_rows": size / (batches.size * size_of_row),
             "ms_per_step": seconds / len(batches) * 1e3,
         }
         print(name, found[name], flush=True)
 
-    def asked(batch, block=1):
+    def asked(x, batch, block=1):
         rows.ask_for(x, batch, block)
         return x[batch]
 
@@ -215,27 +219,31 @@ def reading(folder: str, images: int) -> dict:
         pairs = temi.training.draw_pairs(near, BATCH, generator, GROUP, block)[:steps].numpy()
         anchors, others = pairs[:, :BATCH], pairs[:, BATCH:]
         if kind == "random":
-            measure("anchors, in blocks", anchors, lambda batch: asked(batch, block))
+            measure("anchors, in blocks", anchors, lambda x, batch: asked(x, batch, block))
             anywhere = np.random.default_rng(0).integers(images, size=(200, BATCH))
             measure("anchors, anywhere", anywhere, asked)
-            measure("neighbours, random, touched only", others[:5], lambda batch: x[batch])
+            measure("neighbours, random, touched only", others[:5], lambda x, batch: x[batch])
             others = others[:200]
         measure(f"neighbours, {kind}", others, asked)
-        both = pairs[: len(others)]
-        source = rows.prepared_rows(
-            x, "center-l2", np.zeros(DIM, np.float32), None, rows.CPU, "file", block, GROUP
-        )
-        measure(f"both, prepared, {kind}", both, lambda batch, s=source: s[torch.from_numpy(batch)])
+
+        def prepared(x, batch):
+            mean = np.zeros(DIM, np.float32)
+            source = rows.prepared_rows(x, "l2", mean, None, rows.CPU, "file", block, GROUP)
+            return source[torch.from_numpy(batch)]
+
+        measure(f"both, prepared, {kind}", pairs[: len(others)], prepared)
     found["blocks_mb_per_s"] = {}
     for size in (2**power for power in range(12, 20)):
-        count = size // x[0].nbytes
+        count = size // size_of_row
         chosen = np.random.default_rng(0).permutation(images // count)[: 2**26 // size]
         forget(folder)
+        x = opened(folder, f"{images}")
         clock = time.perf_counter()
         for some in np.array_split(chosen * count, max(1, len(chosen) // 128)):
             rows.ask_for(x, some, count)
             x[(some[:, None] + np.arange(count)).ravel()]
         found["blocks_mb_per_s"][size] = len(chosen) * size / (time.perf_counter() - clock) / 1e6
+        del x
     return found
 
 
@@ -314,6 +322,8 @@ def main() -> None:
     options = parser.parse_args()
     images, fewer = options.images, min(options.images, IN_MEMORY)
     results: dict = {}
+    if options.only and FILE.exists():  # the other parts stay
+        results = json.loads(FILE.read_text())
     if options.only in (None, "training", "reading"):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             for count in {images, fewer}:

@@ -187,15 +187,12 @@ class Record:
         settle(self.place.run_dir)
 
     def _write(self, run: Run, features: Features, finished: bool) -> None:
-        table: dict[str, Any] = {
-            "id": features.ids,
-            "cluster": run.labels,
-            "agreement": run.agreement,
-        }
         with whole_file(self.folder / "assignments.csv", text_mode=True) as file:
             for start in range(0, len(features), ROWS):
-                part = {name: values[start : start + ROWS] for name, values in table.items()}
-                pd.DataFrame(part).to_csv(file, index=False, header=start == 0)
+                part = slice(start, start + ROWS)
+                table = {"id": features.ids[part], "cluster": run.labels[part]}
+                table |= {"agreement": run.agreement[part]}
+                pd.DataFrame(table).to_csv(file, index=False, header=start == 0)
         results = final_results(run, features, best_by=self.options.best_by, finished=finished)
         if finished:
             self._log_scores(results)

@@ -143,12 +143,8 @@ def train(
         neighbors, _ = search_neighbors(whole, config.num_neighbors)  # (N, k)
     seconds = {"neighbors": time.perf_counter() - clock}
 
-    identity: dict[str, Any] = {
-        "config": settings,
-        "fingerprint": fingerprint,
-        "manifest": features.manifest,
-    }
-    identity |= {"mean": torch.from_numpy(mean), "axes": axes}
+    identity: dict[str, Any] = {"config": settings, "fingerprint": fingerprint}
+    identity |= {"manifest": features.manifest, "mean": torch.from_numpy(mean), "axes": axes}
     identity |= {"neighbors": given, "block": block}
     training = Training(x, neighbors, config, identity, options.log_every)
     if resumed:
