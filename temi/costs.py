@@ -36,7 +36,7 @@ MEASURED: dict[str, Any] = {
 512 rows of 256 numbers with 16 heads."""
 
 POWER_LAWS = {
-    "exact-search": (138.0, 2.02),
+    "exact-search": (162.0, 2.08),
     "approximate-search": (56.2, 1.56),
     "labels": (20.1, 0.919),
     "vote": (0.174, 0.944),
