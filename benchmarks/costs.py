@@ -11,7 +11,7 @@ the decoding of a photograph, and the peak of matrix products.
 
     OMP_NUM_THREADS=1 python benchmarks/costs.py
 
-Takes about a quarter of an hour and 4 GB. With names of stages, as ``exact-search vote``, these
+Takes some minutes and 3 GB. With names of stages, as ``exact-search vote``, these
 alone are measured again and the others stay. Linux alone, for /proc. Writes
 results/benchmarks/costs.json, of which temi/costs.py holds the figures, rounded.
 """
@@ -86,7 +86,7 @@ def align_and_vote(labels: np.ndarray) -> None:
 # Stage -> numbers of images, what is prepared for so many, and what is measured of that.
 STAGES = {
     "exact-search": (
-        (3162, 10_000, 31_623), rows,
+        (3162, 10_000, 31_623, 100_000), rows,
         lambda x: temi.nearest_neighbors(x, neighbors_of(len(x))),
     ),
     "approximate-search": (
@@ -99,7 +99,7 @@ STAGES = {
     ),
     "vote": ((10_000, 31_623, 100_000, 316_228, 1_000_000), random_labels, align_and_vote),
     "kmeans": (
-        (1778, 3162, 5623, 10_000, 17_783), lambda images: rows(images).numpy(),
+        (1778, 3162, 5623, 10_000), lambda images: rows(images).numpy(),
         lambda x: temi.kmeans(x, CLUSTERS),
     ),
 }  # fmt: skip

@@ -36,7 +36,7 @@ MEASURED: dict[str, Any] = {
 512 rows of 256 numbers with 16 heads."""
 
 POWER_LAWS = {
-    "exact-search": (138.0, 2.02),
+    "exact-search": (162.0, 2.08),
     "approximate-search": (56.2, 1.56),
     "labels": (20.1, 0.919),
     "vote": (0.174, 0.944),
@@ -54,11 +54,11 @@ ends, however fast the GPU."""
 
 HARDWARE = {
     "cpu": Hardware(None, MEASURED["peak_gflops"] / 1e3, None, "one core, measured: costs.json"),
-    "t4": Hardware(None, 8.1, 16, "NVIDIA T4 data sheet (no bf16; 65 in fp16, not used here)"),
-    "l4": Hardware(121, 30.3, 24, "NVIDIA L4 data sheet (242 with sparsity)"),
+    "t4": Hardware(None, 8.1, 16, "NVIDIA T4 data sheet, no bf16"),
+    "l4": Hardware(121, 30.3, 24, "NVIDIA L4 data sheet"),
     "rtx4090": Hardware(165.2, 82.6, 24, "NVIDIA Ada GPU architecture, appendix A"),
     "a100": Hardware(312, 19.5, 80, "NVIDIA A100 data sheet, SXM"),
-    "h100": Hardware(989.4, 66.9, 80, "NVIDIA H100 data sheet, SXM (1,979 with sparsity)"),
+    "h100": Hardware(989.4, 66.9, 80, "NVIDIA H100 data sheet, SXM"),
 }
 """What :func:`estimate_costs` knows; an estimate for another GPU is that of one with its peaks."""
 

@@ -1,0 +1,192 @@
+"""What a run will cost: operations as PyTorch counts them, figures as measured, arithmetic."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import temi
+from benchmarks.costs import power_law
+from temi import costs, neighbors
+from temi.costs import flops_per_image
+from temi.heads import MultiHead
+from temi.steps import TrainState, training_step
+
+MEASURED = json.loads(temi.results_file("benchmarks/costs.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "side"),
+    [
+        ("dinov2_vits14", "vit_small_patch14_dinov2", 224),
+        ("dinov2_vitb14", "vit_base_patch14_dinov2", 224),
+        ("dinov2_vitb14", "vit_base_patch14_dinov2", 448),
+        ("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2", 224),
+        ("dinov2_vitl14", "vit_large_patch14_dinov2", 224),
+        ("dinov2_vitg14", "vit_giant_patch14_dinov2", 224),
+    ],
+)
+def test_operations_are_those_that_pytorch_counts(name, model, side):
+    """On the architectures themselves, without memory for their weights."""
+    import timm
+
+    with torch.device("meta"):
+        network = timm.create_model(model, img_size=side, num_classes=0).eval()
+        image = torch.zeros(1, 3, side, side)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(image)
+    assert flops_per_image(name, side) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    assert costs._weights(name) == pytest.approx(weights, rel=0.05)
+
+
+def test_operations_of_the_efficient_network_are_near_those_counted():
+    """Its authors count 407 million products; timm's form has the same layers."""
+    import timm
+
+    with torch.device("meta"):
+        network = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+        image = torch.zeros(1, 3, 224, 224)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(image)
+    assert flops_per_image("efficientnet_lite0") == pytest.approx(
+        counter.get_total_flops(), rel=0.1
+    )
+
+
+def test_a_million_images_by_hand():
+    table = temi.estimate_costs(10**6, "dinov2_vitb14", "h100", cores=8)
+    seconds = table["seconds"]
+    assert seconds["embed"] == pytest.approx(46.32e9 * 1e6 / (0.4 * 989.4e12), rel=1e-3)
+    assert seconds["read"] == pytest.approx(1e6 * costs.MEASURED["read_seconds"] / 8)
+    stages = seconds[["neighbours", "train", "label"]].sum()
+    longer = max(seconds["read"], seconds["embed"])
+    assert seconds["in all"] == pytest.approx(stages + longer)
+    assert table.loc["embed", "disk (GB)"] == pytest.approx(1e6 * (768 * 2 + 30) / 1e9)
+    assert (table["hours"] * 3600).to_numpy() == pytest.approx(seconds.to_numpy())
+
+
+@pytest.mark.parametrize("hardware", costs.HARDWARE)
+def test_costs_grow_as_they_should(hardware):
+    one, two = (temi.estimate_costs(n, "dinov2_vits14", hardware) for n in (10**6, 2 * 10**6))
+    growth = two / one
+    assert growth["seconds"][["read", "embed"]].to_numpy() == pytest.approx(2)
+    assert growth.loc["train", "seconds"] == pytest.approx(2, rel=1e-3)
+    exponent = MEASURED["stages"]["approximate-search" if hardware == "cpu" else "exact-search"]
+    exponent = exponent["fit"]["exponent"]
+    assert growth.loc["neighbours", "seconds"] == pytest.approx(2**exponent, rel=0.02)
+    assert growth.loc["embed", "disk (GB)"] == pytest.approx(2)
+    larger = temi.estimate_costs(10**6, "dinov2_vitl14", hardware)
+    assert larger["seconds"]["embed"] > 13 * one["seconds"]["embed"]
+    zoomed = temi.estimate_costs(10**6, "dinov2_vits14", hardware, image_size=448)
+    assert zoomed["seconds"]["embed"] > 4 * one["seconds"]["embed"]
+
+
+def test_ranks_share_what_can_be_shared():
+    one, eight = (temi.estimate_costs(10**6, hardware="a100", ranks=r)["seconds"] for r in (1, 8))
+    shared = ["read", "embed", "neighbours"]
+    assert (one / eight)[shared].to_numpy() == pytest.approx(8)
+    assert one["label"] == eight["label"]
+    steps = 4 * (10**6 // 128)
+    least = steps * costs.MEASURED["operators"] * costs.LAUNCH_SECONDS
+    assert eight["train"] == pytest.approx(least)  # a GPU waits for its next operator
+    one, two = (temi.estimate_costs(10**5, ranks=r)["seconds"] for r in (1, 2))
+    assert one["train"] == pytest.approx(2 * two["train"])
+
+
+def test_settings_of_the_training_count():
+    def train(**settings):
+        config = temi.TrainConfig(**{"num_clusters": 100, "epochs": 4} | settings)
+        return temi.estimate_costs(10**5, config=config)["seconds"]["train"]
+
+    assert train(epochs=8) == pytest.approx(2 * train())
+    assert train(num_heads=8) == pytest.approx(train() / 2)
+    assert train(batch_size=256) == pytest.approx(train(), rel=0.01)  # half as many steps
+    assert train(num_clusters=1000) > 1.5 * train()
+    assert train(pca_dim=512) > 1.4 * train()
+
+
+def test_a_cpu_searches_exactly_as_long_as_the_search_does():
+    assert costs._EXACT_UP_TO == neighbors.EXACT_UP_TO
+    below, above = (
+        temi.estimate_costs(n)["seconds"]["neighbours"]
+        for n in (neighbors.EXACT_UP_TO, neighbors.EXACT_UP_TO + 1)
+    )
+    assert below > 2 * above
+
+
+def test_t4_has_no_bf16():
+    """So its products are fp32, as the precision "auto" makes them."""
+    t4, l4 = (temi.estimate_costs(10**6, hardware=name)["seconds"] for name in ("t4", "l4"))
+    assert t4["embed"] / l4["embed"] == pytest.approx(121 / 8.1)
+
+
+@pytest.mark.parametrize("stage", costs.POWER_LAWS)
+def test_power_laws_are_those_of_the_results(stage):
+    fit = MEASURED["stages"][stage]["fit"]
+    measured = fit["seconds_at_100000"], fit["exponent"]
+    assert costs.POWER_LAWS[stage] == pytest.approx(measured, rel=0.01)
+
+
+def test_figures_are_those_of_the_results():
+    step, forward = MEASURED["step"], MEASURED["forward"]
+    shares = {(point["backbone"], point["pixels"]): point["share_of_peak"] for point in forward}
+    embedding = json.loads(temi.results_file("benchmarks/embedding.json").read_text())
+    assert {
+        "peak_gflops": MEASURED["peak_gflops"],
+        "vit_share": pytest.approx(shares["dinov2_vits14", 224], rel=0.01),
+        "efficientnet_share": pytest.approx(shares["efficientnet_lite0", 224], rel=0.01),
+        "read_seconds": pytest.approx(MEASURED["read"]["seconds"], rel=0.01),
+        "step_seconds": pytest.approx(step["seconds"], rel=0.01),
+        "step_seconds_per_cluster": pytest.approx(step["seconds_per_cluster"], rel=0.01),
+        "operators": step["operators"],
+        "embedding_gb": pytest.approx(embedding["peak_memory_mb"]["60000"] / 1e3, rel=0.01),
+    } == costs.MEASURED
+
+
+@pytest.mark.parametrize("stage", ["exact-search", "approximate-search"])
+def test_memory_is_as_measured(stage):
+    """At the largest size, what was resident in a process that did nothing else."""
+    point = MEASURED["stages"][stage]["points"][-1]
+    told = temi.estimate_costs(point["images"]).loc["neighbours", "memory (GB)"]
+    assert told == pytest.approx(point["peak_gb"], rel=0.35)
+
+
+def test_disk_is_what_a_checkpoint_takes(tmp_path):
+    config = temi.TrainConfig(num_clusters=10, num_heads=4, num_neighbors=3, device="cpu")
+    state = TrainState.start(MultiHead(32, 10, 4), 1e-4)
+    training_step(state, torch.randn(8, 32), config, 1e-4)  # the optimiser has its moments now
+    labels = torch.zeros(4, 200_000, dtype=torch.int32)
+    torch.save(state.capture() | {"labels": labels}, tmp_path / "checkpoint.pth")
+    told = costs._disk(200_000, 32, config, 32)["train"] * 1e9 / 3
+    assert told == pytest.approx((tmp_path / "checkpoint.pth").stat().st_size, rel=0.03)
+
+
+def test_power_law_finds_the_exponent_and_foretells():
+    points = [{"images": n, "seconds": 3e-9 * n**1.5} for n in (10**3, 10**4, 10**5)]
+    fit = power_law(points)
+    assert (fit["exponent"], fit["exponent_error"]) == (1.5, 0)
+    assert fit["seconds_at_100000"] == pytest.approx(3e-9 * 1e5**1.5, abs=1e-3)
+    assert fit["left_out"]["error"] == pytest.approx(0, abs=1e-3)
+    points[-1]["seconds"] *= 2  # larger than foretold
+    assert power_law(points)["left_out"]["error"] == -0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "num_images=0: a whole number from 1 is allowed"),
+        ({"num_images": 1e6}, "num_images=1000000.0: a whole number from 1 is allowed"),
+        ({"ranks": 0}, "ranks=0: a whole number from 1 is allowed"),
+        ({"cores": True}, "cores=True: a whole number from 1 is allowed"),
+        ({"image_size": -1}, "image_size=-1: a whole number from 1 is allowed"),
+        ({"hardware": "k80"}, "hardware='k80': one of 'cpu', 't4', 'l4', "),
+        ({"backbone": "dinov2"}, "backbone='dinov2': the operations of 'pixels', "),
+        ({"num_images": 50}, "num_clusters=100: at most 50 is allowed with 50 images"),
+    ],
+)
+def test_errors_say_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match="^" + message.replace(".", r"\.")) as error:
+        temi.estimate_costs(**{"num_images": 1000} | arguments)
+    assert "\n" not in str(error.value)
