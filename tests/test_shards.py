@@ -1,5 +1,6 @@
 """One extraction by several processes: under torchrun, or as jobs that know of no other."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
-from test_extraction import options, stored, tiny
+from test_extraction import Tiny, options, prepare, stored, tiny
 
 import temi
 from temi import embeddings, extraction
@@ -181,9 +183,7 @@ def test_shards_of_other_settings_are_never_mixed(folder, tmp_path, use):
     assert stored(tmp_path) == stored(tmp_path / "whole")
 
 
-def test_force_recomputes_a_share_and_keeps_the_old_cache_until_then(
-    folder, tmp_path, use
-):
+def test_force_recomputes_a_share_and_keeps_the_old_cache_until_then(folder, tmp_path, use):
     use(tiny())
     images = temi.load_images(str(folder))
     temi.embed(images, "tiny", **options(tmp_path))
@@ -207,6 +207,16 @@ def test_smaller_passes_of_one_job_are_recorded_with_their_rows(folder, tmp_path
     (manifest,) = tmp_path.rglob("manifest.json")
     sizes = json.loads(manifest.read_text())["forward_sizes"]
     assert sizes == [[0, 8], [8, 4], [16, 8], [24, 4], [32, 8], [40, 4], [48, 8], [56, 4]]
+
+
+def test_what_goes_on_after_memory_was_short_does_not_try_again(folder, tmp_path, use):
+    images = temi.load_images(str(folder))
+    use(tiny(most=3))
+    temi.embed_shard(images, "tiny", shard="1/8", **options(tmp_path))
+    backbone = use(tiny(most=3))
+    features = temi.embed(images, "tiny", **options(tmp_path))
+    assert features.manifest["forward_sizes"] == [[0, 8], [0, 4], [0, 2]]
+    assert backbone.model.calls == 26  # passes of two, for 52 images
 
 
 def test_jobs_whose_pixels_differ_in_size_are_told(folder, tmp_path):
@@ -264,6 +274,33 @@ def test_a_block_whose_rows_are_cut_short_is_computed_again(folder, tmp_path, us
     assert stored(tmp_path) == stored(tmp_path / "whole")
 
 
+def test_blocks_of_several_batches_go_on_within_a_block(folder, tmp_path, use, monkeypatch):
+    monkeypatch.setattr("temi.blocks.MOST", 3)  # 24 rows, three batches each
+    for row in (1, 9, 30):
+        (folder / f"{row:03d}.png").write_bytes(b"no image")
+    images = temi.load_images(str(folder), labels=None)
+    backbone = use(tiny())
+    kept = [row for row in range(60) if row not in (1, 9, 30)]
+    pixels = torch.stack([torch.from_numpy(prepare(images.images[row])) for row in kept])
+    expected = backbone.model(pixels).detach().numpy()
+
+    def interrupt(self, x, forward=Tiny.forward):
+        if self.calls == 2:  # the third of the batches 0 to 2 and 6, 7
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    backbone.model.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
+    with pytest.warns(UserWarning, match="3 of 60"):
+        features = temi.embed(images, "tiny", **options(tmp_path))
+    assert backbone.model.calls == 8
+    assert features.ids == tuple(f"{row:03d}.png" for row in kept)
+    np.testing.assert_allclose(features.x, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("num_rows", [1, 60, 1797, 10_000, 1_281_167, 50_000_000])
 @pytest.mark.parametrize("batch_size", [1, 20, 64, 512, 100_000])
 def test_blocks_cover_all_rows_on_the_grid_of_the_batches(num_rows, batch_size):
@@ -271,7 +308,7 @@ def test_blocks_cover_all_rows_on_the_grid_of_the_batches(num_rows, batch_size):
     spans = [blocks.rows(block) for block in range(len(blocks))]
     assert spans[0].start == 0
     assert spans[-1].stop == num_rows
-    assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.stop == b.start for a, b in itertools.pairwise(spans))
     assert all(span.start % batch_size == 0 and len(span) for span in spans)
     assert len(spans) <= 256 or len(spans[0]) > 65_536 - batch_size
     assert len(spans[0]) < 65_536 + batch_size
