@@ -227,6 +227,13 @@ def test_jobs_whose_pixels_differ_in_size_are_told(folder, tmp_path):
     temi.embed_shard(images, "pixels", shard="2/8", **mine)
     with pytest.raises(ValueError, match=r"000\.png' is 10 x 12 x 3 where those before are 9 x 9"):
         temi.embed(images, "pixels", **mine)
+    for shard in (1, *range(3, 9)):  # at the same time, so that none sees what the other has
+        temi.embed_shard(images, "pixels", shard=f"{shard}/8", **options(tmp_path / "b"))
+    (target,) = (tmp_path / "b").rglob("parts/*")
+    for file in (tmp_path / "cache").rglob("parts/*/00001.*"):
+        shutil.copy(file, target)
+    with pytest.raises(ValueError, match=r"008\.png' is 9 x 9 x 3 where those before are 10 x 12"):
+        temi.embed(images, "pixels", **options(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("moment", ["before the logs", "before the rows", "before the move"])
@@ -258,6 +265,32 @@ def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, 
     assert not mine
     assert stored(tmp_path) == stored(tmp_path / "whole")
     assert not list(tmp_path.rglob("cache/**/parts"))
+
+
+def test_blocks_that_another_job_is_removing_are_not_read(folder, tmp_path, use, monkeypatch):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    join, publish, given = Blocks.join, embeddings._publish, []
+
+    def cut_short(path, *_, **__):
+        for rows in sorted(Path(path).rglob("*.rows"))[:1]:
+            rows.unlink()
+
+    def overtaken(*arguments):
+        if given:
+            with monkeypatch.context() as patch:
+                patch.setattr("shutil.rmtree", cut_short)
+                publish(*given.pop(), complete=False)
+        return join(*arguments)
+
+    def noted(*arguments, complete):
+        given.append(arguments)
+        return publish(*arguments, complete=complete)
+
+    monkeypatch.setattr(embeddings, "_publish", noted)
+    monkeypatch.setattr(Blocks, "join", overtaken)
+    assert temi.embed_shard(images, "tiny", shard="1/1", **options(tmp_path)) == 0
+    assert temi.embed(images, "tiny", **options(tmp_path)).x.shape == (60, 5)
 
 
 def test_a_block_whose_rows_are_cut_short_is_computed_again(folder, tmp_path, use):
