@@ -237,17 +237,23 @@ images = t.load_images({str(folder)!r})
 print("go", flush=True)
 t.embed(images, "tiny", **t.options(t.Path({str(tmp_path)!r})))
 """
+
+    def rows_on_disk() -> int:
+        logs = (tmp_path / "cache").rglob("parts/*/*.json")
+        return sum(json.loads(log.read_text())["rows"] for log in logs)
+
     rng = random.Random(0)
     done = []
     for _ in range(3):
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT,
                                  env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
         assert child.stdout.readline() == b"go\n"
-        time.sleep(rng.uniform(0.4, 1.0))
+        while child.poll() is None and rows_on_disk() == (done[-1] if done else 0):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.35))
         child.send_signal(signal.SIGKILL)
         child.communicate()
-        logs = tmp_path.rglob("cache/**/parts/*/*.json")
-        done.append(sum(json.loads(log.read_text())["rows"] for log in logs))
+        done.append(rows_on_disk())
     assert 0 < done[0] < done[1] < done[2] <= 60
     embed(images, "tiny", **options(tmp_path))
     assert stored(tmp_path) == stored(tmp_path / "whole")

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
-from test_extraction import options, stored, tiny
+from test_extraction import Tiny, options, prepare, stored, tiny
 
 import temi
 from temi import embeddings, extraction
@@ -208,6 +209,16 @@ def test_smaller_passes_of_one_job_are_recorded_with_their_rows(folder, tmp_path
     assert sizes == [[0, 8], [8, 4], [16, 8], [24, 4], [32, 8], [40, 4], [48, 8], [56, 4]]
 
 
+def test_what_goes_on_after_memory_was_short_does_not_try_again(folder, tmp_path, use):
+    images = temi.load_images(str(folder))
+    use(tiny(most=3))
+    temi.embed_shard(images, "tiny", shard="1/8", **options(tmp_path))
+    backbone = use(tiny(most=3))
+    features = temi.embed(images, "tiny", **options(tmp_path))
+    assert features.manifest["forward_sizes"] == [[0, 8], [0, 4], [0, 2]]
+    assert backbone.model.calls == 26  # passes of two, for 52 images
+
+
 def test_jobs_whose_pixels_differ_in_size_are_told(folder, tmp_path):
     for row in range(8, 16):
         Image.new("RGB", (9, 9), "red").save(folder / f"{row:03d}.png")
@@ -216,6 +227,13 @@ def test_jobs_whose_pixels_differ_in_size_are_told(folder, tmp_path):
     temi.embed_shard(images, "pixels", shard="2/8", **mine)
     with pytest.raises(ValueError, match=r"000\.png' is 10 x 12 x 3 where those before are 9 x 9"):
         temi.embed(images, "pixels", **mine)
+    for shard in (1, *range(3, 9)):  # at the same time, so that none sees what the other has
+        temi.embed_shard(images, "pixels", shard=f"{shard}/8", **options(tmp_path / "b"))
+    (target,) = (tmp_path / "b").rglob("parts/*")
+    for file in (tmp_path / "cache").rglob("parts/*/00001.*"):
+        shutil.copy(file, target)
+    with pytest.raises(ValueError, match=r"008\.png' is 9 x 9 x 3 where those before are 10 x 12"):
+        temi.embed(images, "pixels", **options(tmp_path / "b"))
 
 
 @pytest.mark.parametrize("moment", ["before the logs", "before the rows", "before the move"])
@@ -249,6 +267,32 @@ def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, 
     assert not list(tmp_path.rglob("cache/**/parts"))
 
 
+def test_blocks_that_another_job_is_removing_are_not_read(folder, tmp_path, use, monkeypatch):
+    use(tiny())
+    images = temi.load_images(str(folder))
+    join, publish, given = Blocks.join, embeddings._publish, []
+
+    def cut_short(path, *_, **__):
+        for rows in sorted(Path(path).rglob("*.rows"))[:1]:
+            rows.unlink()
+
+    def overtaken(*arguments):
+        if given:
+            with monkeypatch.context() as patch:
+                patch.setattr("shutil.rmtree", cut_short)
+                publish(*given.pop(), complete=False)
+        return join(*arguments)
+
+    def noted(*arguments, complete):
+        given.append(arguments)
+        return publish(*arguments, complete=complete)
+
+    monkeypatch.setattr(embeddings, "_publish", noted)
+    monkeypatch.setattr(Blocks, "join", overtaken)
+    assert temi.embed_shard(images, "tiny", shard="1/1", **options(tmp_path)) == 0
+    assert temi.embed(images, "tiny", **options(tmp_path)).x.shape == (60, 5)
+
+
 def test_a_block_whose_rows_are_cut_short_is_computed_again(folder, tmp_path, use):
     use(tiny())
     images = temi.load_images(str(folder))
@@ -261,6 +305,33 @@ def test_a_block_whose_rows_are_cut_short_is_computed_again(folder, tmp_path, us
     temi.embed(images, "tiny", **options(tmp_path))
     assert backbone.model.calls == 5
     assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+def test_blocks_of_several_batches_go_on_within_a_block(folder, tmp_path, use, monkeypatch):
+    monkeypatch.setattr("temi.blocks.MOST", 3)  # 24 rows, three batches each
+    for row in (1, 9, 30):
+        (folder / f"{row:03d}.png").write_bytes(b"no image")
+    images = temi.load_images(str(folder), labels=None)
+    backbone = use(tiny())
+    kept = [row for row in range(60) if row not in (1, 9, 30)]
+    pixels = torch.stack([torch.from_numpy(prepare(images.images[row])) for row in kept])
+    expected = backbone.model(pixels).detach().numpy()
+
+    def interrupt(self, x, forward=Tiny.forward):
+        if self.calls == 2:  # the third of the batches 0 to 2 and 6, 7
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    backbone.model.calls = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "forward", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
+    with pytest.warns(UserWarning, match="3 of 60"):
+        features = temi.embed(images, "tiny", **options(tmp_path))
+    assert backbone.model.calls == 8
+    assert features.ids == tuple(f"{row:03d}.png" for row in kept)
+    np.testing.assert_allclose(features.x, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", [1, 60, 1797, 10_000, 1_281_167, 50_000_000])
