@@ -43,7 +43,8 @@ class Deadly(t.Tiny):
 extraction.SAVE_SECONDS, extraction._Batches, t.Tiny = 0.0, Noted, Deadly
 embeddings.load_backbone = lambda *_, **__: t.tiny(pause={pause})
 features = t.embed(t.load_images({images!r}), "tiny", **t.options(t.Path({place!r})))
-print("ids", len(features), features.ids[-1], features.x.shape)
+line = f"ids {{len(features)}} {{features.ids[-1]}} {{features.x.shape}}\\n"
+sys.stdout.write(line)  # at once, so that no other rank's comes in between
 """
 
 
