@@ -43,7 +43,8 @@ class Deadly(t.Tiny):
 extraction.SAVE_SECONDS, extraction._Batches, t.Tiny = 0.0, Noted, Deadly
 embeddings.load_backbone = lambda *_, **__: t.tiny(pause={pause})
 features = t.embed(t.load_images({images!r}), "tiny", **t.options(t.Path({place!r})))
-print("ids", len(features), features.ids[-1], features.x.shape)
+line = f"ids {{len(features)}} {{features.ids[-1]}} {{features.x.shape}}\\n"
+sys.stdout.write(line)  # at once, so that no other rank's comes in between
 """
 
 
@@ -111,7 +112,7 @@ def test_a_killed_rank_loses_nothing_that_another_number_of_ranks_needs(folder, 
     done, _ = program(tmp_path, folder, processes=2, kill=True, pause=0.1)
     assert done.returncode != 0
     there = rows_on_disk(tmp_path)
-    assert {0, 8, 24} <= set(there) < set(range(0, 60, 8))  # rank 1 had 8, 24, 40, 56
+    assert {8, 24} <= set(there) < set(range(0, 60, 8))  # rank 1 had 8, 24, 40, 56
     shutil.copytree(tmp_path / "cache", tmp_path / "one" / "cache")
 
     done, decoded = program(tmp_path, folder, processes=3)
