@@ -235,7 +235,8 @@ def one_voice() -> Iterator[None]:
 
     signal.signal(signal.SIGTERM, leave)
     with contextlib.ExitStack() as context:
-        context.callback(signal.signal, signal.SIGTERM, signal.SIG_IGN)  # it is ending as it is
+        for number in (signal.SIGTERM, signal.SIGINT):  # once it is ending as it is
+            context.callback(signal.signal, number, signal.SIG_IGN)
         if not is_first():
             nowhere = context.enter_context(open(os.devnull, "w"))
             context.enter_context(contextlib.redirect_stdout(nowhere))

@@ -191,7 +191,7 @@ def train(
                 good = training.capture()
                 record.epoch(good, run, features, training.cluster_sizes())
             bar.update(training.epoch - bar.n)
-            if signals.received:
+            if distributed.any_of(signals.received is not None):
                 record.close()
                 signals.act()
         if run is None:  # nothing was left to train

@@ -108,9 +108,13 @@ class Signals:
         self.received = number
 
     def act(self) -> None:
-        """Do what the signal does without this context; stop in any case."""
+        """Do what the signal does without this context; stop in any case.
+
+        Where another process of the same run received it, and this one did not, too.
+        """
         self.__exit__()
-        signal.raise_signal(self.received)
+        if self.received is not None:
+            signal.raise_signal(self.received)
         raise KeyboardInterrupt
 
 
