@@ -14,8 +14,9 @@ that are given. Measured:
   cost eight times their size. And the speed of blocks of several sizes, by which
   ``temi.rows.BLOCK`` is chosen.
 * ``quality``: scores of real embeddings sorted by class, the worst case, with anchors in full
-  random order and in blocks: those of ``temi.rows``, and such that a window holds 50 quarters of
-  classes, so that two fifths of them are in it.
+  random order and in blocks: those of ``temi.rows`` in windows of an eighth of the file, as a file
+  of a gigabyte has them; and a quarter of a class long, of which a window holds half as many as
+  there are classes, so that two fifths of them are in it.
 
 Linux alone; 13 GB of disk in ``--folder``, and an hour. ``--features`` is an .npz with X and y;
 without it the digits are taken, whose scores differ more from seed to seed.
@@ -259,9 +260,10 @@ def quality(features: str | None, seeds: int) -> dict:
     x, y = np.ascontiguousarray(x[order]), y[order]
     classes = len(np.unique(y))
     few = max(2, len(y) // classes // 4)  # rows: four blocks a class
+    small = rows.rows_per_block(x)
     orders = {
         "full": (None, None),
-        "blocks of temi.rows": (rows.rows_per_block(x), rows.WINDOW),
+        "blocks, an eighth of the file in a window": (small, max(2, len(x) // small // 8)),
         "two fifths of the classes in a window": (few, classes // 2),
     }
     config = temi.TrainConfig(num_clusters=classes, device="cpu")

@@ -29,7 +29,7 @@ def outcomes() -> dict[tuple[str, int], dict]:
             num_clusters=5, num_heads=3, batch_size=24, group_size=group_size, num_neighbors=6,
             epochs=5, clip_grad=1.0, loss=loss, device="cpu",
         )  # fmt: skip
-        training = Training(x.float(), neighbors, config, {}, 50)
+        training = Training(x.float(), neighbors, config, {"block": None}, 50)
         training.x = x
         student = training.state.student.double()
         training.state = TrainState.start(student, config.weight_decay)
