@@ -338,11 +338,13 @@ def main() -> None:
     if options.only in (None, "quality"):
         results["quality"] = alone(quality, options.features, options.seeds)
         print(results["quality"], flush=True)
-    results["conditions"] = {
+    conditions = {
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "kernel": platform.release(),
         "disk": disk(options.folder or tempfile.gettempdir()), "python": platform.python_version(),
         "torch": torch.__version__, "numpy": np.__version__,
     }  # fmt: skip
+    measured = (options.only,) if options.only else ("reading", "training", "quality")
+    results["conditions"] = results.get("conditions", {}) | dict.fromkeys(measured, conditions)
     write_json(FILE, results)
 
 

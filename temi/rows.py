@@ -17,7 +17,7 @@ from temi import distributed
 from temi.embeddings import normalize
 
 SHARE = 0.5  # of the memory that is left: the neighbour search holds the rows a second time
-BLOCK = 2**16  # bytes read together: as fast as more of them (benchmarks/larger_than_memory.py)
+BLOCK = 2**16  # bytes read together: larger ones are faster, but fewer places make up a window
 WINDOW = 2048  # blocks mixed with each other: 128 MB, which a small page cache holds
 CPU = torch.device("cpu")
 
