@@ -25,8 +25,12 @@ A row counts as there while its resolved settings, its embeddings (``fingerprint
 (``code``) are the same. The latter is a hash of :data:`CODE`: what determines labels and scores,
 without comments and docstrings. ``temi.config`` is left out, as its outcome is in ``settings``.
 Code that was rearranged, and computes the same, need not cost hours: ``--verify 3`` trains three
-rows of other code again, on as many threads as they were trained on, and only if every score comes
-out as it stands there, the rows of that data set and that code count for the present one.
+rows of other code again, out of those that were trained on this ``--device``, on as many threads as
+they were, and only if every score comes out as it stands there, all rows of that code count for the
+present one.
+
+On a GPU (``--device cuda``) a row takes seconds. Its random numbers are those of a CPU, but not its
+rounding, so that it scores as another draw does.
 """
 
 import argparse
@@ -52,6 +56,7 @@ from tqdm import tqdm
 
 import temi
 from temi import embeddings, ensemble, heads, losses, metrics, neighbors, state, steps, training
+from temi.devices import device_name
 from temi.embeddings import Features
 from temi.files import home, write_whole
 from temi.metrics import SCORES
@@ -146,7 +151,7 @@ def changes(features: Features, paper: bool) -> list[tuple[str, object, dict]]:
     return chosen
 
 
-def jobs_on(group: list[Features], seeds: int, paper: bool) -> list[Job]:
+def jobs_on(group: list[Features], seeds: int, paper: bool, device: str = "cpu") -> list[Job]:
     """All rows of a data set; of its backbones but the first, the base alone."""
     jobs, code = [], {method: code_version(parts) for method, parts in CODE.items()}
     for features in group:
@@ -158,7 +163,8 @@ def jobs_on(group: list[Features], seeds: int, paper: bool) -> list[Job]:
             counts = set()
             for setting, value, change in chosen:
                 config = BASE | {"num_clusters": features.num_classes, "seed": seed} | change
-                config = temi.TrainConfig(**config).resolve(len(training_rows(features)))
+                config = temi.TrainConfig(**config | {"device": device})
+                config = config.resolve(len(training_rows(features)))
                 counts.add(config.num_clusters)
                 settings = run_settings(features.dataset, features.backbone, config)
                 del settings["device"], settings["seed"]
@@ -191,7 +197,7 @@ def measure(job: Job) -> tuple[dict, np.ndarray | None]:
         try:
             run = temi.train(x[training_rows(features)], job.config, progress=False)
         except DivergenceError as error:
-            return job.row | {"failed": str(error)}, None
+            return job.row | {"failed": str(error), "device": device_of(job.config)}, None
         seconds, count = sum(run.seconds.values()), run.config.num_clusters
         of_heads = run.predict_heads(x)
         labels, agreement = temi.vote(of_heads, count, run.best_head)
@@ -215,7 +221,12 @@ def measure(job: Job) -> tuple[dict, np.ndarray | None]:
     found = temi.evaluate(labels, classes) | found
     row = {name: round(float(value), 4) for name, value in found.items()}
     row |= {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
+    row["device"] = device_of(job.config)
     return job.row | row, labels
+
+
+def device_of(config: temi.TrainConfig | None) -> str:
+    return "cpu" if config is None else device_name(torch.device(config.device))
 
 
 def prefixed(name: str, scores: dict) -> dict:
@@ -226,7 +237,7 @@ COLUMNS = [
     *IDENTITY, *SCORES, *(f"{who}_{score}" for who in ("soft", "mean_head", "best_head")
                           for score in SCORES),
     "information", "information_of_labels", "agreement", "silhouette", "learnability", "balance",
-    "loss", "stability", "seconds", "threads", "failed", "fingerprint", "code", "command",
+    "loss", "stability", "seconds", "threads", "device", "failed", "fingerprint", "code", "command",
     "settings",
 ]  # fmt: skip
 
@@ -245,6 +256,7 @@ def alike(table: pd.DataFrame, row: dict, columns: list[str]) -> np.ndarray:
 
 def store(row: dict, labels: np.ndarray | None, file: Path, source: str) -> None:
     """Put a row in the place of its forerunner, if there is one; the file is written whole."""
+    source += "--device cuda " if row.get("device", "cpu") != "cpu" else ""
     row = row | {"command": f"python benchmarks/ablations.py {source}--only {label(row)} --again"}
     table = read(file)
     rows = table[~alike(table, row, IDENTITY)].to_dict("records")
@@ -267,23 +279,27 @@ def verify(jobs: list[Job], file: Path, number: int) -> None:
     for job in jobs:
         rows = table[alike(table, job.row, [*IDENTITY, "settings", "fingerprint"])]
         for row in rows[rows["code"] != job.row["code"]].to_dict("records"):
-            others.setdefault((row["dataset"], row["method"], row["code"]), []).append((job, row))
-    for (dataset, method, code), found in others.items():
-        for job, row in random.Random(0).sample(found, min(number, len(found))):
+            others.setdefault((row["method"], row["code"]), []).append((job, row))
+    for (method, code), found in others.items():
+        here = [(job, row) for job, row in found if row["device"] == device_of(job.config)]
+        if not here:
+            print(f"{len(found)} rows of {method} were all trained on another --device")
+        for job, row in random.Random(0).sample(here, min(number, len(here))):
             torch.set_num_threads(int(row["threads"]) if row["threads"] > 0 else 1)
             again, _ = measure(job)
             names = set(again) - {*KEY, "seconds", "threads"}
             differ = [name for name in names if str(again[name]) != str(row[name])]
             if differ:
                 print(f"{job.label} differs in {', '.join(sorted(differ))}: rows of {code} are old")
+                here = []
                 break
-        else:
+        if here:
             for job, row in found:
                 if cache(row).exists():
                     cache(row).rename(cache(row | job.row))
                 table.loc[alike(table, row, IDENTITY), "code"] = job.row["code"]
             write_whole(file, table.to_csv(index=False))
-            print(f"{len(found)} rows of {method} on {dataset} hold for the present code too")
+            print(f"{len(found)} rows of {method} hold for the present code too")
 
 
 def cache(row: dict) -> Path:
@@ -338,6 +354,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--images", **source, metavar="NAME=FOLDER", help="of a sub-folder for each class")
     option("--seeds", type=int, default=3)
     option("--paper", action="store_true", help=f"recipe paper on over {SHORT} images too")
+    option("--device", default="cpu", help="of the trainings; k-means and scores: the CPU")
     option("--only", default="*", help="rows whose name fits, as 'digits/*/beta=*/0'")
     option("--again", action="store_true", help="also what is there")
     option("--verify", type=int, metavar="N", help="see whether rows of other code still hold")
@@ -351,7 +368,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     end = time.monotonic() + 60 * options.max_minutes
-    jobs = [job for group in load(options) for job in jobs_on(group, options.seeds, options.paper)
+    jobs = [job for group in load(options)
+            for job in jobs_on(group, options.seeds, options.paper, options.device)
             if fnmatch.fnmatch(job.label, options.only)]  # fmt: skip
     if not jobs:
         raise SystemExit(f"--only {options.only}: no row fits; names are as "

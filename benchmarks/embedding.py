@@ -5,9 +5,10 @@ backbone is loaded already), beside those of the backbone's forward pass alone o
 ready, with the same batches, precision and threads, right before and right after it in one run. The
 forward pass is also timed once with batches of 64, which a plain loop might take. And the peak
 memory of the extracting process for 10,000 and 60,000 images. Writes
-results/benchmarks/embedding.json.
+results/benchmarks/NAME.json.
 
     python benchmarks/embedding.py PATH-TO-CIFAR10-JPEG
+    python benchmarks/embedding.py PATH-TO-CIFAR10-JPEG --device cuda --name embedding_gpu
 
 The folder holds train/ and test/, 60,000 files in all. bfloat16 is left out where products in it do
 not run.
@@ -28,13 +29,14 @@ import torch
 
 import temi
 from temi.backbones import Backbone
-from temi.devices import half_precision, runs_bf16
+from temi.devices import device_name, half_precision, runs_bf16
 from temi.extraction import ExtractionConfig, default_batch_size, extract
 from temi.files import write_json
 
-RESULTS = Path(__file__).parents[1] / "results" / "benchmarks" / "embedding.json"
+RESULTS = Path(__file__).parents[1] / "results" / "benchmarks"
 BACKBONE = "efficientnet_lite0"
 SIZES = {96: 2048, 112: 2048, 224: 512}  # pixels -> images timed
+ON_GPU = {112: 10_000, 224: 10_000}
 PLAIN_BATCH = 64
 ROUNDS = 5
 
@@ -44,9 +46,9 @@ def images_of(folder: str, count: int) -> temi.ImageSet:
     return images.keep(images.ids[:: len(images) // count][:count])
 
 
-def pipeline_seconds(images: temi.ImageSet, backbone: Backbone, **options) -> float:
+def pipeline_seconds(images: temi.ImageSet, backbone: Backbone, device="cpu", **options) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        config = ExtractionConfig(device="cpu", progress=False, **options)
+        config = ExtractionConfig(device=device, progress=False, **options)
         clock = time.perf_counter()
         extract(images, backbone, Path(folder), {}, config)
         return time.perf_counter() - clock
@@ -58,32 +60,36 @@ def batch_of(images: temi.ImageSet, backbone: Backbone, size: int) -> torch.Tens
 
 def forward_rate(backbone: Backbone, batch: torch.Tensor, count: int, precision: str) -> float:
     """Images a second of the forward pass alone, over at least ``count`` images."""
-    model = backbone.model.to(memory_format=torch.channels_last)
+    model = backbone.model.to(batch.device).to(memory_format=torch.channels_last)
     passes = -(-count // len(batch))
-    with torch.inference_mode(), half_precision(precision, torch.device("cpu")):
-        model(batch)
+    with torch.inference_mode(), half_precision(precision, batch.device):
+        model(batch).cpu()
         clock = time.perf_counter()
         for _ in range(passes):
-            model(batch)
+            x = model(batch)
+        x.cpu()  # waits for a GPU
         return passes * len(batch) / (time.perf_counter() - clock)
 
 
-def speeds(folder: str) -> list[dict]:
+def speeds(folder: str, device: torch.device) -> list[dict]:
     rows = []
     digits = temi.load_images("digits")
     seconds = pipeline_seconds(digits, temi.load_backbone("pixels"))
     rows.append({"images": "digits", "backbone": "pixels", "images_per_s": len(digits) / seconds})
-    precisions = ["fp32"] + ["bf16"] * runs_bf16("cpu")
-    for (size, count), precision in itertools.product(SIZES.items(), precisions):
+    sizes, precisions = ON_GPU, ["bf16"]
+    if device.type == "cpu":
+        sizes, precisions = SIZES, ["fp32"] + ["bf16"] * runs_bf16("cpu")
+    for (size, count), precision in itertools.product(sizes.items(), precisions):
         images = images_of(folder, count)
         backbone = temi.load_backbone(BACKBONE, image_size=size)
-        batch_size = default_batch_size(backbone, torch.device("cpu"), precision)
-        batch = batch_of(images, backbone, batch_size)
-        plain = batch_of(images, backbone, PLAIN_BATCH)
+        batch_size = default_batch_size(backbone, device, precision)
+        batch = batch_of(images, backbone, batch_size).to(device)
+        plain = batch_of(images, backbone, PLAIN_BATCH).to(device)
         ratios, rates, alone = [], [], []
         alone.append(forward_rate(backbone, batch, count, precision))
         for _ in range(ROUNDS):
-            rates.append(count / pipeline_seconds(images, backbone, precision=precision))
+            seconds = pipeline_seconds(images, backbone, device.type, precision=precision)
+            rates.append(count / seconds)
             alone.append(forward_rate(backbone, batch, count, precision))
             ratios.append(rates[-1] / statistics.mean(alone[-2:]))
         rows.append(
@@ -120,15 +126,20 @@ def peaks(folder: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
-    folder = parser.parse_args().folder
-    rows = speeds(folder)
-    memory = peaks(folder)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="embedding", help="of the output")
+    arguments = parser.parse_args()
+    folder, device = arguments.folder, torch.device(arguments.device)
+    rows = speeds(folder, device)
+    memory = peaks(folder) if device.type == "cpu" else {}
     print(pd.DataFrame(rows).round(2).to_string(index=False))
     print(f"peak memory in MB, by number of images: {memory}")
-    conditions = {"cores": os.cpu_count(), "threads": torch.get_num_threads(),
+    conditions = {"device": device_name(device), "cores": os.cpu_count(),
+                  "threads": torch.get_num_threads(),
                   "torch": torch.__version__, "rounds": ROUNDS,
                   "ONEDNN_MAX_CPU_ISA": os.environ.get("ONEDNN_MAX_CPU_ISA", "")}  # fmt: skip
-    write_json(RESULTS, {"rows": rows, "peak_memory_mb": memory, "conditions": conditions})
+    results = {"rows": rows, "peak_memory_mb": memory, "conditions": conditions}
+    write_json(RESULTS / f"{arguments.name}.json", results)
 
 
 if __name__ == "__main__":

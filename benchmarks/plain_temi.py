@@ -63,9 +63,9 @@ class Pairs(Dataset):
 class PlainTemi:
     """Student and teacher heads in lists, and the training step that loops over them."""
 
-    def __init__(self, students: list[Head], config: TrainConfig):
-        self.config = config
-        self.students = nn.ModuleList(students)
+    def __init__(self, students: list[Head], config: TrainConfig, device: str = "cpu"):
+        self.config, self.device = config, device
+        self.students = nn.ModuleList(students).to(device)
         self.teachers = copy.deepcopy(self.students).requires_grad_(False)
         clusters = config.num_clusters
         self.marginals = [torch.full_like(head.gain[:, 0], 1 / clusters) for head in students]
@@ -79,7 +79,7 @@ class PlainTemi:
     def step(self, anchors: Tensor, partners: Tensor, learning_rate: float) -> Tensor:
         """Train on a batch of pairs, [B, D] each; the loss of each head [H] before the step."""
         config = self.config
-        views = torch.cat([anchors, partners])
+        views = torch.cat([anchors, partners]).to(self.device)
         students = [head(views) / config.student_temp for head in self.students]
         with torch.no_grad():
             teachers = [
@@ -136,17 +136,25 @@ class PlainTemi:
         for step, (anchors, partners) in enumerate(loader, start=epoch * len(loader)):
             rate = peak * min(1, (step + 1) / warmup) if warmup else peak
             losses.append(self.step(anchors, partners, rate))
-        return torch.stack(losses).mean(dim=0).numpy()
+        return torch.stack(losses).mean(dim=0).cpu().numpy()
 
     @torch.inference_mode()
     def labels(self, x: Tensor) -> np.ndarray:
         """Cluster [H, N] of each embedding [N, D] under each teacher head."""
-        return np.stack([head(x).argmax(dim=-1).numpy() for head in self.teachers])
+        x = x.to(self.device)
+        return np.stack([head(x).argmax(dim=-1).cpu().numpy() for head in self.teachers])
 
 
-def build(x: Tensor, neighbors: Tensor, config: TrainConfig) -> tuple[PlainTemi, DataLoader]:
-    """Model and loader for embeddings [N, D] and the ids of their neighbours [N, k]."""
+def build(
+    x: Tensor, neighbors: Tensor, config: TrainConfig, device: str = "cpu"
+) -> tuple[PlainTemi, DataLoader]:
+    """Model and loader for embeddings [N, D] and the ids of their neighbours [N, k].
+
+    Beside a GPU eight processes load the batches, which on a CPU would take its cores.
+    """
     torch.manual_seed(config.seed)
     heads = [Head(x.shape[1], config.num_clusters) for _ in range(config.num_heads)]
-    loader = DataLoader(Pairs(x, neighbors), config.batch_size, shuffle=True, drop_last=True)
-    return PlainTemi(heads, config), loader
+    beside = {} if device == "cpu" else {"num_workers": 8, "persistent_workers": True}
+    pairs = Pairs(x, neighbors)
+    loader = DataLoader(pairs, config.batch_size, shuffle=True, drop_last=True, **beside)
+    return PlainTemi(heads, config, device), loader

@@ -6,8 +6,8 @@ Measured with random embeddings, of which only the sizes matter:
 * the time of the neighbour search for 10,000 and 100,000 images, and what it comes to for 1.28
   million, as it grows with the square of their number;
 * the peak of anonymous resident memory (RssAnon: what cannot be dropped and read again from a file)
-  of :func:`temi.train` on 1.28M x 768 embeddings in float16, memory-mapped, at 1,000 clusters, the
-  neighbours given and an epoch cut to some steps, everything after the epoch included.
+  of :func:`temi.train` on 1.28M x 768 embeddings in float16, at 1,000 clusters, with the neighbours
+  given, both mapped from files, and an epoch cut to some steps, everything after it included.
 
 What comes after a training, alignment, vote and scores, is measured by ``large_scores.py``.
 Linux alone, for /proc; 6 GB of memory and 2 GB of disk are needed.
@@ -38,7 +38,7 @@ from temi.neighbors import nearest_neighbors
 
 FILE = Path(__file__).parents[1] / "results" / "benchmarks" / "scale.json"
 IMAGES, DIM, CLUSTERS, HEADS = 1_280_000, 768, 1000, 16
-STEPS = 20
+NEIGHBORS, STEPS = 36, 20
 
 
 class AnonymousPeak:
@@ -61,8 +61,8 @@ class AnonymousPeak:
         self.thread.join()
 
 
-def random_features(folder: str, images: int, dim: int) -> Features:
-    """Memory-mapped float16 embeddings."""
+def random_features(folder: str, images: int, dim: int) -> tuple[Features, np.ndarray]:
+    """Embeddings in float16 and neighbours in int32, both mapped from files."""
     file = Path(folder) / f"{images}.npy"
     x = np.lib.format.open_memmap(file, "w+", np.float16, (images, dim))
     random = np.random.default_rng(0)
@@ -71,27 +71,26 @@ def random_features(folder: str, images: int, dim: int) -> Features:
         rows[:] = random.standard_normal(rows.shape, dtype=np.float32)
     x.flush()
     del x
+    others = random.integers(1, images, (images, NEIGHBORS), dtype=np.int32)
+    others += np.arange(images, dtype=np.int32)[:, None]
+    np.save(near := file.with_suffix(".near.npy"), others % images)  # none is its own neighbour
     manifest = {"dataset": "random", "backbone": "own"}
-    return Features(np.load(file, mmap_mode="r"), range(images), manifest)
+    features = Features(np.load(file, mmap_mode="r"), range(images), manifest)
+    return features, np.load(near, mmap_mode="r")
 
 
-def train_cut(features: Features, clusters: int, steps: int) -> dict:
-    """An epoch of so many steps with random neighbours: its seconds, and GB at the peak."""
-    found, drawn = temi.training.search_neighbors, temi.training.draw_pairs
-
-    def given(x: torch.Tensor, k: int) -> tuple[torch.Tensor, None]:
-        return torch.randint(len(x), (len(x), k)), None
-
-    temi.training.search_neighbors = given
+def train_cut(features: Features, neighbors: np.ndarray, clusters: int, steps: int) -> dict:
+    """An epoch of so many steps: its seconds, and GB at the peak."""
+    drawn = temi.training.draw_pairs
     temi.training.draw_pairs = lambda *arguments: drawn(*arguments)[:steps]
     try:
         with AnonymousPeak() as memory:
             config = temi.TrainConfig(
                 num_clusters=clusters, num_heads=HEADS, epochs=1, warmup_epochs=0, device="cpu"
             )
-            run = temi.train(features, config, progress=False)
+            run = temi.train(features, config, neighbors=neighbors, progress=False)
     finally:
-        temi.training.search_neighbors, temi.training.draw_pairs = found, drawn
+        temi.training.draw_pairs = drawn
     return {"steps": steps, "seconds": run.seconds["training"], "peak_gb": memory.peak}
 
 
@@ -110,15 +109,15 @@ def alone(work, *arguments):
 
 def training(images: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        return train_cut(random_features(folder, images, DIM), CLUSTERS, STEPS)
+        return train_cut(*random_features(folder, images, DIM), CLUSTERS, STEPS)
 
 
 def step_seconds(images: int) -> float:
     """Seconds of a step, without what an epoch costs once."""
     with tempfile.TemporaryDirectory() as folder:
-        features = random_features(folder, images, 256)
-        few, many = (train_cut(features, 100, steps)["seconds"] for steps in (50, 150))
-    return (many - few) / 100
+        given = random_features(folder, images, 256)
+        few, many = (train_cut(*given, 100, steps)["seconds"] for steps in (10, 70))
+    return (many - few) / 60
 
 
 def main() -> None:

@@ -320,6 +320,13 @@ class RunOptions:
             "'auto': the first that has twice the memory they take"
         ),
     ] = "auto"
+    cuda_graph: Annotated[
+        bool,
+        Field(
+            description="on a GPU, launch a step whole, as a CUDA graph, instead of kernel by "
+            "kernel; not where several processes share a batch"
+        ),
+    ] = True
 
     def __post_init__(self):
         check_types(self)

@@ -64,6 +64,11 @@ def half_precision(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(precision, device))
 
 
+def device_name(device: torch.device) -> str:
+    """What a GPU's maker calls it; else the type of the device, as ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of a GPU or of the machine, was not enough."""
     texts = ("out of memory", "can't allocate memory")

@@ -60,7 +60,7 @@ def temi_loss(
     *,
     beta: float = 0.6,
     student_temp: float = 0.1,
-    teacher_temp: float = 0.1,
+    teacher_temp: float | Tensor = 0.1,
     loss: str = "temi",
     group_size: int = 2,
 ) -> tuple[Tensor, Tensor]:

@@ -234,7 +234,7 @@ def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np
         Rows of each group of two or more, the largest first.
     """
     count = len(x)
-    near, values = search_neighbors(x, min(k, count - 1))
+    near, values = (part.cpu() for part in search_neighbors(x, min(k, count - 1)))
     rows, places = (values >= similarity).nonzero(as_tuple=True)
     columns = near[rows, places]
     links = coo_array((np.ones(len(rows)), (rows.numpy(), columns.numpy())), shape=(count, count))

@@ -1,6 +1,7 @@
 """All that a training is between two steps, which is what a checkpoint holds."""
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from temi.config import TrainConfig
 from temi.ensemble import head_labels
+from temi.graphs import RecordedStep
 from temi.heads import MultiHead
 from temi.rows import Rows
 from temi.runs import Run
-from temi.steps import TrainState, learning_rate_at
+from temi.steps import TrainState, learning_rate_at, training_step
 
 
 class Training:
@@ -39,9 +41,9 @@ class Training:
                 "history", "retries")  # fmt: skip
 
     def __init__(self, x: Tensor | Rows, neighbors: Tensor | np.ndarray, config: TrainConfig,
-                 identity: dict, log_every: int):  # fmt: skip
+                 identity: dict, log_every: int, record_steps: bool = False):  # fmt: skip
         self.x, self.neighbors, self.config, self.identity = x, neighbors, config, identity
-        self.log_every = log_every
+        self.log_every, self.record_steps = log_every, record_steps
         self.retries = []
         self.start()
 
@@ -52,6 +54,7 @@ class Training:
         shape = (self.x.shape[1], config.num_clusters, config.num_heads)
         student = MultiHead(*shape, generator=generator).to(device)
         self.state = TrainState.start(student, config.weight_decay)
+        self.recorded: RecordedStep | None = None
         self.labels = torch.from_numpy(head_labels(self.state.teacher, self.x)).to(device)
         self.history, self.epoch = [], 0
         self.start_epoch(generator)
@@ -70,10 +73,24 @@ class Training:
     def restore(self, content: dict) -> None:
         """Go to a state that was captured, and leave the copy as it is."""
         self.state.restore(content)
+        self.recorded = None
         for name in self.CHANGING:
             value = copy.deepcopy(content[name])
             on_device = isinstance(value, Tensor) and name != "random"
             setattr(self, name, value.to(self.x.device) if on_device else value)
+
+    def step_of_epoch(self) -> Callable[[Tensor, float, float], Tensor]:
+        """What does a step of this epoch, given its rows, learning rate and teacher temperature.
+
+        In the first epoch the student's last layer stands still.
+        """
+        frozen = self.epoch == 0
+        self.state.freeze_last_layer(frozen)
+        if not self.record_steps:
+            return lambda views, *rates: training_step(self.state, views, self.config, *rates)
+        if self.recorded is None or self.recorded.frozen != frozen:
+            self.recorded = RecordedStep(self.state, self.config)
+        return self.recorded
 
     def learning_rate(self, number: int, steps_per_epoch: int) -> float:
         """Learning rate of a step (from 0, over all epochs), a tenth for each retry."""

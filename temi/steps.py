@@ -80,8 +80,8 @@ def training_step(
     state: TrainState,
     views: Tensor,
     config: TrainConfig,
-    learning_rate: float,
-    teacher_temp: float | None = None,
+    learning_rate: float | Tensor,
+    teacher_temp: float | Tensor | None = None,
 ) -> Tensor:
     """One step: marginals, loss, gradient, optimiser, teacher, in this order.
 
@@ -96,9 +96,9 @@ def training_step(
         Rows 0 .. B-1 are the anchors, each further B rows one neighbour of each; G is
         ``config.group_size``. Where several processes share a batch, this one's part.
     config : TrainConfig
-    learning_rate : float
+    learning_rate : float or Tensor []
         Of this step.
-    teacher_temp : float, optional
+    teacher_temp : float or Tensor [], optional
         Of this step; that of ``config`` when None.
 
     Returns

@@ -73,7 +73,7 @@ def train(
         Show a progress bar. Trouble is said in any case.
     **options
         ``resume``, ``overwrite``, ``on_divergence``, ``checkpoint_every``, ``keep_checkpoints``,
-        ``best_by``, ``log_every``, ``keep_rows``: see :class:`temi.RunOptions`.
+        ``best_by``, ``log_every``, ``keep_rows``, ``cuda_graph``: see :class:`temi.RunOptions`.
 
     Returns
     -------
@@ -146,7 +146,8 @@ def train(
     identity: dict[str, Any] = {"config": settings, "fingerprint": fingerprint}
     identity |= {"manifest": features.manifest, "mean": torch.from_numpy(mean), "axes": axes}
     identity |= {"neighbors": given, "block": block}
-    training = Training(x, neighbors, config, identity, options.log_every)
+    record_steps = options.cuda_graph and device.type == "cuda" and distributed.count() == 1
+    training = Training(x, neighbors, config, identity, options.log_every, record_steps)
     if resumed:
         training.restore(resumed[1])
     good, run = training.capture(), None  # the last good state; the run as it stands
@@ -248,7 +249,9 @@ def run_epoch(
         config.group_size,
         training.identity["block"],
     )  # (steps, G * B)
-    training.state.freeze_last_layer(training.epoch == 0)
+    if isinstance(training.x, Tensor):
+        pairs = pairs.to(training.x.device)
+    do_step = training.step_of_epoch()
     groups = pairs.unflatten(1, (config.group_size, -1))  # (steps, G, B)
     own = groups[:, :, distributed.share(int(config.batch_size))].flatten(1)  # this rank's part
     on_cpu = training.x.device.type == "cpu"
@@ -261,7 +264,7 @@ def run_epoch(
         rate = training.learning_rate(number, len(pairs))
         temperature = teacher_temp_at(number, len(pairs), config)
         views = training.x[own[step]]  # (G * B, D), of several ranks each its share of the B
-        losses = training_step(training.state, views, config, rate, temperature)
+        losses = do_step(views, rate, temperature)
         training.losses += losses
         training.gradient_norm += training.state.gradient_norm
         assigned = distributed.gather_rows(training.state.assigned.T, int(config.batch_size))
