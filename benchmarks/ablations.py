@@ -197,7 +197,7 @@ def measure(job: Job) -> tuple[dict, np.ndarray | None]:
         try:
             run = temi.train(x[training_rows(features)], job.config, progress=False)
         except DivergenceError as error:
-            return job.row | {"failed": str(error), "device": device_of(job.config)}, None
+            return job.row | {"failed": str(error)} | conditions(job), None
         seconds, count = sum(run.seconds.values()), run.config.num_clusters
         of_heads = run.predict_heads(x)
         labels, agreement = temi.vote(of_heads, count, run.best_head)
@@ -220,9 +220,11 @@ def measure(job: Job) -> tuple[dict, np.ndarray | None]:
         found["learnability"] = temi.learnability(prepared, labels)
     found = temi.evaluate(labels, classes) | found
     row = {name: round(float(value), 4) for name, value in found.items()}
-    row |= {"seconds": round(seconds, 1), "threads": torch.get_num_threads()}
-    row["device"] = device_of(job.config)
-    return job.row | row, labels
+    return job.row | row | {"seconds": round(seconds, 1)} | conditions(job), labels
+
+
+def conditions(job: Job) -> dict:
+    return {"threads": torch.get_num_threads(), "device": device_of(job.config)}
 
 
 def device_of(config: temi.TrainConfig | None) -> str:
@@ -285,7 +287,7 @@ def verify(jobs: list[Job], file: Path, number: int) -> None:
         if not here:
             print(f"{len(found)} rows of {method} were all trained on another --device")
         for job, row in random.Random(0).sample(here, min(number, len(here))):
-            torch.set_num_threads(int(row["threads"]) if row["threads"] > 0 else 1)
+            torch.set_num_threads(int(row["threads"]))
             again, _ = measure(job)
             names = set(again) - {*KEY, "seconds", "threads"}
             differ = [name for name in names if str(again[name]) != str(row[name])]

@@ -1,8 +1,9 @@
 """What a run costs before it is run: time, memory and disk of each stage, by arithmetic.
 
-Three kinds of numbers, never mixed: counted (operations of a network, bytes of an array), measured
-(:data:`MEASURED`, on one core of a CPU, by ``benchmarks/costs.py``) and assumed
-(:data:`UTILISATION`, :data:`LAUNCH_SECONDS`). Nothing here was measured on a GPU.
+Two kinds of numbers, never mixed: counted (operations of a network, bytes of an array) and
+measured, on one core of a CPU (:data:`MEASURED`, by ``benchmarks/costs.py``) and on one GPU, an
+H200 (:data:`UTILISATION`, :data:`ON_GPU`, by ``benchmarks/gpu.py``). That another GPU is as many
+times slower as its peak is lower is assumed.
 """
 
 from typing import Any, NamedTuple
@@ -44,13 +45,24 @@ POWER_LAWS = {
 """Of the same: seconds for 100,000 images and the exponent of their number; rows of 256 numbers, 16
 heads, 100 clusters."""
 
-UTILISATION = {"vit": 0.4, "efficientnet": 0.1}
-"""Assumed share of a GPU's peak that a forward pass reaches: a transformer is nearly all large
-matrix products; depthwise convolutions move much memory for few operations."""
+UTILISATION = {
+    "dinov2_vits14": 0.168,
+    "dinov2_vitb14": 0.299,
+    "dinov2_vitl14": 0.359,
+    "dinov2_vitg14": 0.4,
+    "efficientnet_lite0": 0.0182,
+}
+"""Share of the data sheet's peak that a forward pass reached on an H200, in bf16, 256 images of 224
+pixels at a time: results/benchmarks/gpu.json, rounded, as a test sees to. A large transformer is
+nearly all large matrix products; depthwise convolutions move much memory for few operations."""
 
-LAUNCH_SECONDS = 1e-5
-"""Assumed time that eager PyTorch needs to start an operator on a GPU, below which none of them
-ends, however fast the GPU."""
+ON_GPU = {
+    "step_seconds": 0.000663,
+    "step_seconds_per_cluster": 1.46e-6,
+    "eager_step_seconds": 0.00497,
+}
+"""Of the same: a training step like that of :data:`MEASURED` as one CUDA graph, most of which is
+the kernels' own latency; and one launched kernel by kernel, as several ranks do it."""
 
 HARDWARE = {
     "cpu": Hardware(None, MEASURED["peak_gflops"] / 1e3, None, "one core, measured: costs.json"),
@@ -59,6 +71,7 @@ HARDWARE = {
     "rtx4090": Hardware(165.2, 82.6, 24, "NVIDIA Ada GPU architecture, appendix A"),
     "a100": Hardware(312, 19.5, 80, "NVIDIA A100 data sheet, SXM"),
     "h100": Hardware(989.4, 66.9, 80, "NVIDIA H100 data sheet, SXM"),
+    "h200": Hardware(989.4, 66.9, 141, "NVIDIA H200 data sheet, SXM"),
 }
 """What :func:`estimate_costs` knows; an estimate for another GPU is that of one with its peaks."""
 
@@ -125,10 +138,10 @@ def estimate_costs(
     """Time, memory and disk that each stage of a run will take.
 
     To plan with, not to compare with: right within a small factor at best. Times on the CPU are
-    measured ones, carried on in a power law beyond 100,000 images. Times on a GPU are extrapolated
-    from them in proportion to the peaks of matrix products, where the data sheets' peaks and the
-    shares of them in :data:`temi.costs.UTILISATION` are taken on trust; a training step on a GPU
-    takes no less than the starting of its operators. What is sent between ranks is not counted.
+    measured ones, carried on in a power law beyond 100,000 images. On a GPU forward pass and
+    training step are those measured on an H200, search and labels those on the CPU, all in
+    proportion to the data sheets' peaks of matrix products. What is sent between ranks is not
+    counted.
 
     Parameters
     ----------
@@ -230,9 +243,11 @@ def _weights(backbone: str) -> float:
 
 def _embedding_rate(backbone: str, hardware: str) -> float:
     """Operations a second of a forward pass."""
-    kind = "efficientnet" if backbone == "efficientnet_lite0" else "vit"
     own = HARDWARE[hardware]
-    share = MEASURED[f"{kind}_share"] if hardware == "cpu" else UTILISATION[kind]
+    if hardware == "cpu":
+        kind = "efficientnet" if backbone == "efficientnet_lite0" else "vit"
+        return MEASURED[f"{kind}_share"] * 1e12 * own.fp32
+    share = UTILISATION.get(backbone.removesuffix("_reg"), 1.0)  # of pixels nothing is computed
     return share * 1e12 * (own.bf16 or own.fp32)
 
 
@@ -257,14 +272,17 @@ def _head_flops(config: TrainConfig, width: int) -> float:
 def _step_seconds(config: TrainConfig, width: int, hardware: str, ranks: int) -> float:
     """Of one training step, whose rows the ranks share."""
     rows = int(config.batch_size) * config.group_size
-    at_256 = _head_flops(config, 256)
-    seconds = MEASURED["step_seconds"] + MEASURED["step_seconds_per_cluster"] * config.num_clusters
-    seconds *= rows / 512 / ranks * config.num_heads / 16 * _head_flops(config, width) / at_256
+    size = rows / 512 / ranks * config.num_heads / 16
+    clusters, own = config.num_clusters, HARDWARE[hardware]
+    seconds = MEASURED["step_seconds"] + MEASURED["step_seconds_per_cluster"] * clusters
+    seconds *= size * _head_flops(config, width) / _head_flops(config, 256)
     if hardware == "cpu":
         return seconds
-    own = HARDWARE[hardware]
-    seconds *= HARDWARE["cpu"].fp32 / (own.bf16 or own.fp32)
-    return max(seconds, MEASURED["operators"] * LAUNCH_SECONDS)
+    peak = own.bf16 or own.fp32
+    seconds *= HARDWARE["cpu"].fp32 / peak
+    size *= HARDWARE["h200"].bf16 / peak
+    seconds += ON_GPU["step_seconds"] + ON_GPU["step_seconds_per_cluster"] * clusters * size
+    return seconds if ranks == 1 else max(seconds, ON_GPU["eager_step_seconds"])
 
 
 def _label_seconds(num_images: int, config: TrainConfig, width: int, hardware: str) -> float:
