@@ -138,6 +138,24 @@ def test_code_that_computes_something_else_is_not_verified(run, monkeypatch, cap
     assert difference[trained].to_numpy() == pytest.approx([0.01, 0.01])
 
 
+@pytest.mark.parametrize("elsewhere", [1, 2])
+def test_rows_of_another_device_hold_with_those_of_this_one(
+    run, tmp_path, monkeypatch, capsys, elsewhere
+):
+    before, _ = run("--seeds", "2")
+    trained = before["method"] == "temi"
+    before.loc[trained & (before["seed"] >= 2 - elsewhere), "device"] = "NVIDIA X"
+    before.to_csv(tmp_path / "table.csv", index=False)
+    monkeypatch.setitem(ablations.CODE, "temi", (*ablations.CODE["temi"], stability))
+    table, computed = run("--seeds", "2", "--verify", "1")
+    if elsewhere == 1:  # seed: the other was trained here, and one of its rows is trained again
+        assert [name[-2:] for name in computed] == ["/0"]
+        assert (table["device"] == "NVIDIA X").sum() == 2
+    else:  # none was
+        assert "4 rows of temi were all trained on another --device" in capsys.readouterr().out
+        assert len(computed) == 4
+
+
 def test_changed_embeddings_redo_everything(run, tmp_path):
     _, first = run("--seeds", "1")
     content = dict(np.load(tmp_path / "tiny.npz"))
