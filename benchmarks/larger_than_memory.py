@@ -150,7 +150,7 @@ def cut_labels(heads, x) -> np.ndarray:
 
 def train_cut(folder: str, images: int, kind: str, steps: int, place: str) -> dict:
     """An epoch of so many steps: its images per second, bytes read and memory."""
-    drawn, step = temi.training.draw_pairs, temi.training.training_step
+    drawn, step = temi.training.draw_pairs, temi.state.training_step
     clock, read = [], []
 
     def timed(*arguments):
@@ -159,7 +159,7 @@ def train_cut(folder: str, images: int, kind: str, steps: int, place: str) -> di
         return step(*arguments)
 
     temi.training.draw_pairs = lambda *arguments: drawn(*arguments)[:steps]
-    temi.training.training_step = timed
+    temi.state.training_step = timed
     temi.state.head_labels = cut_labels
     config = temi.TrainConfig(
         num_clusters=CLUSTERS, epochs=1, warmup_epochs=0, batch_size=BATCH, group_size=GROUP,

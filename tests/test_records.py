@@ -49,7 +49,7 @@ def cut_short(run_dir, monkeypatch, epochs=3, **options):
         return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("temi.training.training_step", failing)
+        patch.setattr("temi.state.training_step", failing)
         with pytest.raises(RuntimeError, match="planted"):
             start(run_dir, **options)
 

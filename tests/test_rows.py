@@ -199,7 +199,7 @@ def test_a_stopped_run_goes_on_in_the_same_order(
         return step(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "training_step", stopping)
+        patch.setattr("temi.state.training_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             train(mapped, SMALL, **options, run_dir=tmp_path / "run", keep_rows="file")
     stopped = checkpoints.load(tmp_path / "run" / "checkpoints" / checkpoints.EMERGENCY)

@@ -65,7 +65,7 @@ def at_step(number, monkeypatch, plant):
         calls.append(state)
         return step(state, *arguments)
 
-    monkeypatch.setattr(temi.training, "training_step", planting)
+    monkeypatch.setattr("temi.state.training_step", planting)
     return before
 
 
@@ -182,7 +182,7 @@ def test_five_retries_and_no_more(monkeypatch):
         training_step(state, torch.full((80, 8), torch.nan), SMALL, 1e-3)
         return torch.zeros(3)
 
-    monkeypatch.setattr(temi.training, "training_step", always_bad)
+    monkeypatch.setattr("temi.state.training_step", always_bad)
     with pytest.raises(DivergenceError, match=r"learning rate 2\.60417e-10; what"):
         train(BLOBS, SMALL, on_divergence="retry", progress=False)
     assert len(steps) == 6
@@ -238,7 +238,7 @@ def out_of_memory_above(largest: int, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return training_step(state, views, *arguments)
 
-    monkeypatch.setattr("temi.training.training_step", step)
+    monkeypatch.setattr("temi.state.training_step", step)
     monkeypatch.setattr("temi.trouble.training_step", step)
 
 
