@@ -151,7 +151,7 @@ def changes(features: Features, paper: bool) -> list[tuple[str, object, dict]]:
     return chosen
 
 
-def jobs_on(group: list[Features], seeds: int, paper: bool, device: str = "cpu") -> list[Job]:
+def jobs_on(group: list[Features], seeds: int, paper: bool, device: str) -> list[Job]:
     """All rows of a data set; of its backbones but the first, the base alone."""
     jobs, code = [], {method: code_version(parts) for method, parts in CODE.items()}
     for features in group:
@@ -162,8 +162,8 @@ def jobs_on(group: list[Features], seeds: int, paper: bool, device: str = "cpu")
         for seed in range(seeds):
             counts = set()
             for setting, value, change in chosen:
-                config = BASE | {"num_clusters": features.num_classes, "seed": seed} | change
-                config = temi.TrainConfig(**config | {"device": device})
+                given = {"num_clusters": features.num_classes, "seed": seed, "device": device}
+                config = temi.TrainConfig(**BASE | given | change)
                 config = config.resolve(len(training_rows(features)))
                 counts.add(config.num_clusters)
                 settings = run_settings(features.dataset, features.backbone, config)
@@ -258,7 +258,7 @@ def alike(table: pd.DataFrame, row: dict, columns: list[str]) -> np.ndarray:
 
 def store(row: dict, labels: np.ndarray | None, file: Path, source: str) -> None:
     """Put a row in the place of its forerunner, if there is one; the file is written whole."""
-    source += "--device cuda " if row.get("device", "cpu") != "cpu" else ""
+    source += "--device cuda " if row["device"] != "cpu" else ""
     row = row | {"command": f"python benchmarks/ablations.py {source}--only {label(row)} --again"}
     table = read(file)
     rows = table[~alike(table, row, IDENTITY)].to_dict("records")
@@ -286,6 +286,7 @@ def verify(jobs: list[Job], file: Path, number: int) -> None:
         here = [(job, row) for job, row in found if row["device"] == device_of(job.config)]
         if not here:
             print(f"{len(found)} rows of {method} were all trained on another --device")
+            continue
         for job, row in random.Random(0).sample(here, min(number, len(here))):
             torch.set_num_threads(int(row["threads"]))
             again, _ = measure(job)
@@ -293,9 +294,8 @@ def verify(jobs: list[Job], file: Path, number: int) -> None:
             differ = [name for name in names if str(again[name]) != str(row[name])]
             if differ:
                 print(f"{job.label} differs in {', '.join(sorted(differ))}: rows of {code} are old")
-                here = []
                 break
-        if here:
+        else:
             for job, row in found:
                 if cache(row).exists():
                     cache(row).rename(cache(row | job.row))

@@ -48,6 +48,7 @@ from temi.steps import TrainState, training_step
 FILE = Path(__file__).parents[1] / "results" / "benchmarks" / "costs.json"
 WIDTH, CLUSTERS, HEADS = 256, 100, 16
 CPU = torch.device("cpu")
+VITS = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 DINOV2 = config(224, "bicubic", 224 / 256)  # how images are prepared for it
 
 
@@ -166,20 +167,22 @@ def step() -> dict:
     }  # fmt: skip
 
 
-def vit_small() -> Backbone:
-    """DINOv2's smallest network with random weights, which take as long as trained ones."""
+def dinov2(size: str) -> Backbone:
+    """A network of DINOv2 with random weights, which take as long as trained ones."""
     import timm
 
-    network = timm.create_model("vit_small_patch14_dinov2", img_size=224, num_classes=0).eval()
+    name = f"vit_{VITS[size]}_patch14_dinov2"
+    network = timm.create_model(name, img_size=224, num_classes=0).eval()
     model = Normalised(network, IMAGENET_MEAN, IMAGENET_DEVIATION)
-    return Backbone("dinov2_vits14", "", "random", prepare(DINOV2), model, 384)
+    prepared = prepare(DINOV2)
+    return Backbone(f"dinov2_vit{size}14", "", "random", prepared, model, network.num_features)
 
 
 def networks(peak_gflops: float) -> list[dict]:
     """Images a second of the forward pass alone, and its share of the peak."""
     found = []
     for backbone, side in (
-        (vit_small(), 224),
+        (dinov2("s"), 224),
         (temi.load_backbone("efficientnet_lite0", image_size=112), 112),
         (temi.load_backbone("efficientnet_lite0"), 224),
     ):

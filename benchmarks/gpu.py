@@ -14,11 +14,10 @@ Takes a minute. Writes results/benchmarks/gpu.json.
 import time
 from pathlib import Path
 
-import timm
 import torch
 
 import temi
-from benchmarks.costs import CLUSTERS, DINOV2, HEADS, WIDTH, Operators, neighbors_of, rows
+from benchmarks.costs import CLUSTERS, HEADS, VITS, WIDTH, Operators, dinov2, neighbors_of, rows
 from benchmarks.step import peak, seconds_of
 from temi import ensemble
 from temi.backbones import Backbone
@@ -27,22 +26,11 @@ from temi.devices import device_name, half_precision
 from temi.files import write_json
 from temi.graphs import RecordedStep
 from temi.heads import MultiHead
-from temi.preprocessing import IMAGENET_DEVIATION, IMAGENET_MEAN, Normalised, prepare
 from temi.steps import TrainState, training_step
 
 FILE = Path(__file__).parents[1] / "results" / "benchmarks" / "gpu.json"
 GPU = torch.device("cuda")
-VITS = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 BATCH = 256
-
-
-def dinov2(size: str) -> Backbone:
-    """A network of DINOv2 with random weights."""
-    name = f"vit_{VITS[size]}_patch14_dinov2"
-    with GPU:
-        network = timm.create_model(name, img_size=224, num_classes=0).eval()
-    model = Normalised(network, IMAGENET_MEAN, IMAGENET_DEVIATION)
-    return Backbone(f"dinov2_vit{size}14", "", "random", prepare(DINOV2), model, 0)
 
 
 def forward(backbone: Backbone, side: int, peak_gflops: float) -> dict:
@@ -99,7 +87,9 @@ def main() -> None:
     peaks = {precision: round(peak(GPU, precision, 10)) for precision in ("bf16", "fp32")}
     results = {"device": device_name(GPU), "torch": torch.__version__, "peak_gflops": peaks}
     print(results, flush=True)
-    results["forward"] = [forward(dinov2(size), 224, peaks["bf16"]) for size in VITS]
+    with GPU:  # where random weights are made at once
+        networks = map(dinov2, VITS)
+        results["forward"] = [forward(network, 224, peaks["bf16"]) for network in networks]
     for side in (112, 224):
         backbone = temi.load_backbone("efficientnet_lite0", image_size=side)
         results["forward"].append(forward(backbone, side, peaks["bf16"]))

@@ -103,11 +103,11 @@ def profile_table(arguments) -> list[dict]:
     with profile(activities=activities) as profiler:
         for _ in range(3):
             step()
-    where = "self_device_time_total" if len(activities) == 2 else "self_cpu_time_total"
-    times = {event.key: getattr(event, where) for event in profiler.key_averages()}
-    total = sum(times.values())
-    slowest = sorted(times, key=lambda key: -times[key])[:15]
-    return [{"operator": key[:100], "share": round(times[key] / total, 3)} for key in slowest]
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    events = sorted(events, key=lambda event: -event.self_cpu_time_total)[:15]
+    return [{"operator": event.key, "share": round(event.self_cpu_time_total / total, 3)}
+            for event in events]  # fmt: skip
 
 
 def main() -> None:

@@ -30,7 +30,6 @@ MEASURED: dict[str, Any] = {
     "read_seconds": 0.00801,
     "step_seconds": 0.238,
     "step_seconds_per_cluster": 0.000478,
-    "operators": 341,
     "embedding_gb": 0.702,
 }
 """On one core, in fp32: results/benchmarks/costs.json, rounded, as a test sees to. A step is one of

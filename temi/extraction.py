@@ -236,8 +236,8 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
     If that is None, the first two batches are decoded here. The second, for the first is slow for
     other reasons, decides by the time that the caller spends on it: no process where decoding takes
     less than a fifth of the whole, for on a CPU it would take a core from the forward pass and
-    stall its other threads; else one for each core that no other rank needs, up to eight, or up to
-    sixteen beside a GPU, which is faster than they are. The batches are the same either way.
+    stall its other threads; else one for each core that no other rank needs, up to eight. The
+    batches are the same either way.
     """
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
@@ -247,8 +247,7 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
         yield batch
         waiting = time.perf_counter() - clock - decoding
         cores = (os.cpu_count() or 1) // on_this_machine()
-        most = 16 if pin_memory else 8
-        workers = 0 if decoding < waiting / 4 else min(most, max(1, cores))
+        workers = 0 if decoding < waiting / 4 else min(8, max(1, cores))
     if tried < len(source):
         yield from DataLoader(
             Subset(source, range(tried, len(source))),
