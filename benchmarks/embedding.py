@@ -3,9 +3,9 @@
 Images a second from JPEG files to an array on disk (decoding, resizing, forward pass, writing; the
 backbone is loaded already), beside those of the backbone's forward pass alone on tensors that are
 ready, with the same batches, precision and threads, right before and right after it in one run. The
-forward pass is also timed once with batches of 64, which a plain loop might take. And the peak
-memory of the extracting process for 10,000 and 60,000 images. Writes
-results/benchmarks/NAME.json.
+forward pass is also timed once with batches of 64, which a plain loop might take, and once before
+glibc is told to keep freed memory (``temi.devices.keep_freed_memory``). And the peak memory of the
+extracting process for 10,000 and 60,000 images. Writes results/benchmarks/NAME.json.
 
     python benchmarks/embedding.py PATH-TO-CIFAR10-JPEG
     python benchmarks/embedding.py PATH-TO-CIFAR10-JPEG --device cuda --name embedding_gpu
@@ -72,14 +72,21 @@ def forward_rate(backbone: Backbone, batch: torch.Tensor, count: int, precision:
 
 
 def speeds(folder: str, device: torch.device) -> list[dict]:
+    sizes, precisions = ON_GPU, ["bf16"]
+    if device.type == "cpu":
+        sizes, precisions = SIZES, ["fp32"] + ["bf16"] * runs_bf16("cpu")
+    kinds = list(itertools.product(sizes.items(), precisions))
+    before = []  # in this process nobody has called keep_freed_memory yet
+    for (size, count), precision in kinds:
+        backbone = temi.load_backbone(BACKBONE, image_size=size)
+        batch_size = default_batch_size(backbone, device, precision)
+        batch = batch_of(images_of(folder, count), backbone, batch_size).to(device)
+        before.append(forward_rate(backbone, batch, count, precision))
     rows = []
     digits = temi.load_images("digits")
     seconds = pipeline_seconds(digits, temi.load_backbone("pixels"))
     rows.append({"images": "digits", "backbone": "pixels", "images_per_s": len(digits) / seconds})
-    sizes, precisions = ON_GPU, ["bf16"]
-    if device.type == "cpu":
-        sizes, precisions = SIZES, ["fp32"] + ["bf16"] * runs_bf16("cpu")
-    for (size, count), precision in itertools.product(sizes.items(), precisions):
+    for ((size, count), precision), at_first in zip(kinds, before, strict=True):
         images = images_of(folder, count)
         backbone = temi.load_backbone(BACKBONE, image_size=size)
         batch_size = default_batch_size(backbone, device, precision)
@@ -95,7 +102,7 @@ def speeds(folder: str, device: torch.device) -> list[dict]:
         rows.append(
             {"images": "CIFAR-10 (JPEG)", "backbone": BACKBONE, "pixels": size,
              "precision": precision, "batch": batch_size, "images_per_s": statistics.median(rates),
-             "forward_alone_per_s": statistics.median(alone),
+             "forward_alone_per_s": statistics.median(alone), "forward_before_per_s": at_first,
              "ratio": statistics.median(ratios), "ratio_min": min(ratios),
              "ratio_max": max(ratios),
              "forward_of_64_per_s": forward_rate(backbone, plain, count, precision), "n": count}

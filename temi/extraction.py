@@ -25,6 +25,7 @@ from temi.devices import (
     check_precision,
     half_precision,
     is_out_of_memory,
+    keep_freed_memory,
     resolve_device,
     uses_bf16,
 )
@@ -34,8 +35,8 @@ BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
 SAVE_BYTES = 2**25  # what waits in memory to be written at most
 # Of one image side times the other, in a forward pass on a CPU: what it makes then stays within the
-# caches, and within what malloc reuses instead of asking the system for fresh pages. Up to four
-# times faster than 64 images of 224 x 224 (benchmarks/embedding.py).
+# caches, and within what malloc reuses. Up to four times faster than 64 images of 224 x 224
+# (benchmarks/embedding.py).
 CPU_PASS_PIXELS = {"fp32": 2**18, "bf16": 2**19}
 
 
@@ -140,6 +141,8 @@ def extract(
     size = min([blocks.batch_size, *(log["forward_sizes"][-1][1] for log in found)])
     shape = next((tuple(log["shape"]) for log in found if log["shape"]), None)
 
+    if device.type == "cpu":
+        keep_freed_memory()
     model = backbone.model.to(device)
     model.to(memory_format=torch.channels_last)
     workers = config.num_workers
@@ -235,9 +238,9 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
 
     If that is None, the first two batches are decoded here. The second, for the first is slow for
     other reasons, decides by the time that the caller spends on it: no process where decoding takes
-    less than a fifth of the whole, for on a CPU it would take a core from the forward pass and
-    stall its other threads; else one for each core that no other rank needs, up to eight. The
-    batches are the same either way.
+    less than three quarters of the whole, for on a CPU it would take a core from the forward pass
+    and stall its other threads (measured on two cores); else one for each core that no other rank
+    needs, up to eight. The batches are the same either way.
     """
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
@@ -247,7 +250,7 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
         yield batch
         waiting = time.perf_counter() - clock - decoding
         cores = (os.cpu_count() or 1) // on_this_machine()
-        workers = 0 if decoding < waiting / 4 else min(8, max(1, cores))
+        workers = 0 if decoding < 3 * waiting else min(8, max(1, cores))
     if tried < len(source):
         yield from DataLoader(
             Subset(source, range(tried, len(source))),

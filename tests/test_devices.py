@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -36,3 +40,26 @@ def test_memory_errors_are_recognised():
     text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"
     assert is_out_of_memory(RuntimeError(text))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc has its own ways")
+def test_freed_memory_is_used_again_without_page_faults():
+    """In a process of its own, as what it sets holds for all of a process."""
+    code = """
+import resource, sys, torch
+from temi.devices import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        several = [torch.zeros(2**21) for _ in range(3)]  # 8 MiB each, as a layer's output
+        del several
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+plain = faults()
+keep_freed_memory()
+faults()
+print(plain, faults())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain, kept = map(int, told.stdout.split())
+    assert kept < 100 < plain
