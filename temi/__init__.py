@@ -35,7 +35,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "maps": ["map_points"],
         "names": ["apply_names"],
-        "neighbors": ["approximate_neighbors", "near_duplicates", "nearest_neighbors"],
+        "neighbors": [
+            "approximate_neighbors",
+            "mutual_neighbors",
+            "near_duplicates",
+            "nearest_neighbors",
+        ],
         "parameters": ["JobConfig", "is_default", "read_parameters"],
         "prediction": ["predict_images"],
         "rundirs": ["plan_run"],

@@ -33,7 +33,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
     ----------
     n_clusters : int
         From 1 to the number of rows. With 1 nothing is trained.
-    recipe : {"fast", "paper"}
+    recipe : {"fast", "best", "paper"}
         Source of every setting below that is None; see :class:`temi.TrainConfig`, which states
         ranges and reasons.
     n_heads : int, optional

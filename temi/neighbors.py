@@ -16,6 +16,7 @@ from temi import distributed
 LARGEST = 2**25  # similarities in memory at a time: 128 MiB in fp32
 EXACT_UP_TO = 250_000  # rows that a CPU compares with all others in some minutes; 5 million: days
 PROBES = 64  # cells looked into; see approximate_neighbors
+COMPARED = 2**22  # numbers of rows held against others at a time: 32 MiB
 
 
 def nearest_neighbors(
@@ -140,6 +141,40 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
     keep = ~own
     indices, similarities = indices[keep].view(-1, k), similarities[keep].view(-1, k)
     return indices.to(x.device), similarities.to(x.device)
+
+
+def mutual_neighbors(neighbors: Tensor) -> Tensor:
+    """Of each row's neighbours those that have the row among theirs.
+
+    A row at the edge of a crowd has its neighbours there, but is no neighbour of theirs: such
+    pairs share a class less often. A list that gets shorter is repeated until it is k long again,
+    so that a training draws all that are left equally often, or nearly so. A row that nobody has
+    among its neighbours keeps the first of its own.
+
+    Parameters
+    ----------
+    neighbors : Tensor [N, k], int64
+        Row numbers, the most similar first.
+
+    Returns
+    -------
+    Tensor [N, k], int64
+
+    References
+    ----------
+    Qin, Gammeter, Bossard, Quack and Van Gool, Hello neighbor: accurate object retrieval with
+    k-reciprocal nearest neighbors, CVPR 2011.
+    """
+    count, k = neighbors.shape
+    places = torch.arange(k, device=neighbors.device)
+    kept = torch.empty_like(neighbors)
+    for rows in torch.arange(count, device=neighbors.device).split(max(1, COMPARED // k**2)):
+        near = neighbors[rows]  # (chunk, k)
+        mutual = (neighbors[near] == rows.view(-1, 1, 1)).any(dim=-1)  # (chunk, k)
+        left = mutual.sum(dim=1, keepdim=True).clamp_min(1)
+        first = mutual.int().argsort(dim=1, descending=True, stable=True)  # places of those left
+        kept[rows] = near.gather(1, first.gather(1, places % left))
+    return kept
 
 
 def check_neighbors(neighbors: np.ndarray, count: int, chunk_size: int = 2**16) -> str:

@@ -19,7 +19,7 @@ from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.devices import is_out_of_memory, resolve_device
 from temi.embeddings import Features, check_embeddings, checksum, mean_embedding, principal_axes
-from temi.neighbors import check_neighbors, search_neighbors
+from temi.neighbors import check_neighbors, mutual_neighbors, search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
 from temi.rows import Rows, choose_place, prepared_rows, rows_per_block
@@ -63,7 +63,8 @@ def train(
     config : TrainConfig
     neighbors : ndarray [N, k], int32 or int64, optional
         Row numbers of each embedding's neighbours, itself left out; may be mapped from a file.
-        None: the ``num_neighbors`` nearest are searched.
+        None: the ``num_neighbors`` nearest are searched, and of them the mutual ones kept where
+        ``mutual_neighbors`` says so. Given ones are taken as they are.
     images : ImageSet, optional
         For the pictures of the clusters in the record.
     run_dir : path, optional
@@ -141,6 +142,8 @@ def train(
     if neighbors is None:
         whole = x.read(slice(None)) if isinstance(x, Rows) else x
         neighbors, _ = search_neighbors(whole, config.num_neighbors)  # (N, k)
+        if config.mutual_neighbors:
+            neighbors = mutual_neighbors(neighbors)
     seconds = {"neighbors": time.perf_counter() - clock}
 
     identity: dict[str, Any] = {"config": settings, "fingerprint": fingerprint}

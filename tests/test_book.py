@@ -135,9 +135,9 @@ def test_the_reference_holds_every_public_name(soups):
     assert "temi.plots.cluster_rows" in ids
 
 
-def test_settings_are_listed_with_both_recipes(soups):
+def test_settings_are_listed_with_all_recipes(soups):
     text = soups["api"].find(id="temi.TrainConfig").find_parent("dl").get_text("")
-    assert re.search(r"teacher_momentum \(.*?\).* fast: 0\.9, paper: 0\.996\.", text)
+    assert re.search(r"teacher_momentum \(.*?\).* fast: 0\.9, best: 0\.9, paper: 0\.996\.", text)
 
 
 def test_files_that_contributors_are_sent_to():

@@ -21,6 +21,11 @@ def test_paper_recipe_holds_the_published_settings():
     assert paper.normalize == "none"
 
 
+def test_best_adds_to_fast():
+    best, fast = TrainConfig(recipe="best"), TrainConfig()
+    assert best == dataclasses.replace(fast, recipe="best", mutual_neighbors=True)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
@@ -39,7 +44,7 @@ def test_paper_recipe_holds_the_published_settings():
         ("epochs", 100.0, "a whole number from 1"),
         ("learning_rate", float("inf"), "a number above 0 up to 100"),
         ("teacher_momentum", 1.0, "a number from 0 below 1"),
-        ("recipe", "slow", "one of 'fast', 'paper'"),
+        ("recipe", "slow", "one of 'fast', 'best', 'paper'"),
         ("loss", "info", "one of 'temi', 'wmi', 'pmi', 'scan'"),
         ("normalize", "whiten", "one of 'none', 'l2', 'center-l2'"),
         ("device", 3, "text"),

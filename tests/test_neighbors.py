@@ -4,7 +4,12 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from temi import neighbors
-from temi.neighbors import approximate_neighbors, nearest_neighbors, search_neighbors
+from temi.neighbors import (
+    approximate_neighbors,
+    mutual_neighbors,
+    nearest_neighbors,
+    search_neighbors,
+)
 
 
 @pytest.mark.parametrize("chunk_size", [7, 64, 1000, None])
@@ -27,6 +32,19 @@ def test_a_copy_may_be_a_neighbour_but_not_the_row_itself():
 def test_k_must_fit(k):
     with pytest.raises(ValueError, match=rf"num_neighbors={k}: 1 to 3 is allowed with 4 rows"):
         nearest_neighbors(torch.eye(4), k)
+
+
+@pytest.mark.parametrize("compared", [1, 5000, 2**22])  # chunks of one row, of some, of all
+@pytest.mark.parametrize("k", [1, 6, 20])
+def test_mutual_neighbours_are_those_of_the_plain_definition(k, compared, monkeypatch):
+    monkeypatch.setattr(neighbors, "COMPARED", compared)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 5)))
+    near, _ = nearest_neighbors(x, k)
+    lists = near.tolist()
+    found = mutual_neighbors(near)
+    for row, own in enumerate(lists):
+        mutual = [other for other in own if row in lists[other]] or own[:1]
+        assert found[row].tolist() == (mutual * k)[:k]
 
 
 @pytest.fixture(scope="module")

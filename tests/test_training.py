@@ -9,6 +9,7 @@ from temi.config import TrainConfig
 from temi.devices import runs_bf16
 from temi.embeddings import Features
 from temi.metrics import cluster_accuracy
+from temi.neighbors import mutual_neighbors, search_neighbors
 from temi.steps import draw_pairs, learning_rate_at, teacher_temp_at
 from temi.training import train
 
@@ -83,6 +84,17 @@ def test_other_losses_learn_too(loss):
 def test_bfloat16_gives_the_same_clusters(run):
     half = train(BLOBS, dataclasses.replace(SMALL, precision="bf16"), progress=False)
     assert cluster_accuracy(half.labels, run.labels) == 1
+
+
+def test_mutual_neighbours_are_kept_of_those_that_are_searched(run):
+    mutual = dataclasses.replace(SMALL, mutual_neighbors=True)
+    found = train(BLOBS, mutual, progress=False)
+    near, _ = search_neighbors(run.inputs(BLOBS), 5)
+    given = train(BLOBS, SMALL, neighbors=mutual_neighbors(near).numpy(), progress=False)
+    assert torch.equal(found.teacher.weight1, given.teacher.weight1)
+    assert not torch.equal(found.teacher.weight1, run.teacher.weight1)
+    as_given = train(BLOBS, mutual, neighbors=near.numpy(), progress=False)
+    assert torch.equal(as_given.teacher.weight1, run.teacher.weight1)
 
 
 def test_clipped_gradients_change_the_course(run):
