@@ -145,7 +145,7 @@ def embed(
     num_workers : int, optional
         Processes that decode; None: as many as there are cores, up to 8 (the processes of
         ``torchrun`` divide the cores); none for ``pixels``, or where the first batches show that
-        decoding takes less than three quarters of the time.
+        decoding takes less than a fifth of the time, or on a CPU three quarters.
     device : str
         See :class:`temi.TrainConfig`.
     precision : {"auto", "fp32", "bf16"}

@@ -35,9 +35,12 @@ BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
 SAVE_BYTES = 2**25  # what waits in memory to be written at most
 # Of one image side times the other, in a forward pass on a CPU: what it makes then stays within the
-# caches, and within what malloc reuses. Up to four times faster than 64 images of 224 x 224
-# (benchmarks/embedding.py).
+# caches, and within what malloc reuses. Up to three times faster than 64 images of 224 x
+# 224 (benchmarks/embedding.py).
 CPU_PASS_PIXELS = {"fp32": 2**18, "bf16": 2**19}
+# Times of the forward pass that decoding must take before processes of their own do it. On a CPU
+# they take cores from the forward pass and stall its other threads: measured on two.
+SLOW_DECODING = {"cpu": 3.0, "beside a GPU": 0.25}
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def extract(
         workers = 0
     left = [blocks.left(block, logs.get(block)) for block in mine]
     source = _Batches(images, backbone, blocks.batch_size, left)
-    batches = _decoded(source, workers, pin_memory=device.type == "cuda")
+    batches = _decoded(source, workers, device)
     done = sum(len(blocks.rows(block)) - len(blocks.left(block, known[block])) for block in share)
     bar = tqdm(
         total=done + sum(map(len, left)), initial=done, desc=f"embedding with {backbone.name}",
@@ -233,14 +236,13 @@ def default_batch_size(backbone: Backbone, device: torch.device, precision: str)
     return min(64, max(1, CPU_PASS_PIXELS[precision] // (height * width)))
 
 
-def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterator[tuple]:
+def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Iterator[tuple]:
     """All batches of ``source`` in order, decoded by so many processes.
 
     If that is None, the first two batches are decoded here. The second, for the first is slow for
-    other reasons, decides by the time that the caller spends on it: no process where decoding takes
-    less than three quarters of the whole, for on a CPU it would take a core from the forward pass
-    and stall its other threads (measured on two cores); else one for each core that no other rank
-    needs, up to eight. The batches are the same either way.
+    other reasons, decides by the time that the caller spends on it: no process where decoding is
+    not that slow (:data:`SLOW_DECODING`); else one for each core that no other rank needs, up to
+    eight. The batches are the same either way.
     """
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
@@ -250,13 +252,14 @@ def _decoded(source: _Batches, workers: int | None, pin_memory: bool) -> Iterato
         yield batch
         waiting = time.perf_counter() - clock - decoding
         cores = (os.cpu_count() or 1) // on_this_machine()
-        workers = 0 if decoding < 3 * waiting else min(8, max(1, cores))
+        slow = SLOW_DECODING["cpu" if device.type == "cpu" else "beside a GPU"]
+        workers = 0 if decoding < slow * waiting else min(8, max(1, cores))
     if tried < len(source):
         yield from DataLoader(
             Subset(source, range(tried, len(source))),
             batch_size=None,
             num_workers=workers,
-            pin_memory=pin_memory,
+            pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # leaves torch's global one alone
         )
 

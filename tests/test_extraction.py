@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from temi import blocks, embeddings
+from temi import blocks, embeddings, extraction
 from temi.backbones import Backbone
 from temi.data import load_images
 from temi.embeddings import embed
@@ -85,6 +85,35 @@ def test_worker_processes_change_nothing(folder, tmp_path, use):
     alone = embed(images, "tiny", **options(tmp_path))
     several = embed(images, "tiny", **(options(tmp_path / "b") | {"num_workers": 2}))
     np.testing.assert_array_equal(several.x, alone.x)
+
+
+@pytest.mark.parametrize(
+    ("device", "decoding", "several"),
+    [("cpu", 0.1, False), ("cpu", 0.6, True), ("mps", 0.1, True), ("mps", 0.002, False)],
+)
+def test_processes_decode_where_that_is_slow(device, decoding, several, monkeypatch):
+    """Slow beside a forward pass of a tenth of a second; on a CPU it has to be much slower."""
+    asked = {}
+
+    class Source:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            time.sleep(decoding)
+            return index
+
+    def load(subset, num_workers, **_):
+        asked["processes"] = num_workers
+        return iter(subset)
+
+    monkeypatch.setattr(extraction, "DataLoader", load)
+    found = []
+    for batch in extraction._decoded(Source(), None, torch.device(device)):
+        found.append(batch)
+        time.sleep(0.1)
+    assert found == [0, 1, 2, 3, 4]
+    assert (asked["processes"] > 0) == several
 
 
 def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, use):
