@@ -35,12 +35,12 @@ BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
 SAVE_BYTES = 2**25  # what waits in memory to be written at most
 # Of one image side times the other, in a forward pass on a CPU: what it makes then stays within the
-# caches, and within what malloc reuses. Up to three times faster than 64 images of 224 x
-# 224 (benchmarks/embedding.py).
+# caches, and within what malloc reuses. Up to three times faster than 64 images of 224 x 224
+# (benchmarks/embedding.py).
 CPU_PASS_PIXELS = {"fp32": 2**18, "bf16": 2**19}
-# Times of the forward pass that decoding must take before processes of their own do it. On a CPU
+# Forward passes that decoding must take the time of before processes of their own do it. On a CPU
 # they take cores from the forward pass and stall its other threads: measured on two.
-SLOW_DECODING = {"cpu": 3.0, "beside a GPU": 0.25}
+SLOW_ON_CPU, SLOW_BESIDE_GPU = 3.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,8 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
 
     If that is None, the first two batches are decoded here. The second, for the first is slow for
     other reasons, decides by the time that the caller spends on it: no process where decoding is
-    not that slow (:data:`SLOW_DECODING`); else one for each core that no other rank needs, up to
-    eight. The batches are the same either way.
+    slow beside what the device needs; else one for each core that no other rank needs, up to eight.
+    The batches are the same either way.
     """
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
@@ -252,7 +252,7 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
         yield batch
         waiting = time.perf_counter() - clock - decoding
         cores = (os.cpu_count() or 1) // on_this_machine()
-        slow = SLOW_DECODING["cpu" if device.type == "cpu" else "beside a GPU"]
+        slow = SLOW_ON_CPU if device.type == "cpu" else SLOW_BESIDE_GPU
         workers = 0 if decoding < slow * waiting else min(8, max(1, cores))
     if tried < len(source):
         yield from DataLoader(
