@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,16 @@ def spaces(name: str) -> tuple[str, ...]:
     return tuple(name.split("+"))
 
 
+def named_size(name: str) -> tuple[str, int | None]:
+    """Backbone, and side in pixels if there is one, of a name such as ``"dinov2_vits14@448"``."""
+    backbone, at, side = name.partition("@")
+    if at and not re.fullmatch(r"[1-9]\d*", side, re.ASCII):
+        raise ValueError(
+            f"backbone={name!r}: after '@' a number of pixels is allowed, as in {backbone}@112"
+        )
+    return backbone, int(side) if at else None
+
+
 def check_backbone(name: str) -> None:
     """Raise a ValueError that says what is allowed if no backbone has that name.
 
@@ -64,7 +75,7 @@ def check_backbone(name: str) -> None:
     parts = spaces(name)
     if len(set(parts)) < len(parts):
         raise ValueError(f"backbone={name!r}: each of several backbones is named once")
-    for part in parts:
+    for part, _ in map(named_size, parts):
         if part.startswith("timm:"):
             _check_timm(part)
         elif part not in BACKBONES:
@@ -127,13 +138,16 @@ def load_backbone(
         (``timm:vit_base_patch16_siglip_224.webli``), ConvNeXt
         (``timm:convnext_base.fb_in22k``), … Their licences and training data differ:
         ``timm.get_pretrained_cfg(NAME).license``; DINOv3 has one of its own.
+
+        ``"NAME@112"``: any of these at an ``image_size`` of its own, which tells several spaces
+        apart: ``temi.embed(images, "efficientnet_lite0@112+efficientnet_lite0@144")``.
     weights : path, optional
         File to read instead of the download: ``.pth`` as DINOv2 was released, or timm's own
         tensors as on the hub (``.safetensors``, ``.pth``). Anything but plain tensors is refused,
         so loading runs no foreign code.
     image_size : int, optional
-        Side S of the square that the network sees, instead of the default; the share that the
-        crop keeps stays the same. A multiple of 14 for DINOv2.
+        Side S of the square that the network sees, instead of the default, where the name has none;
+        the share that the crop keeps stays the same. A multiple of 14 for DINOv2.
 
     Returns
     -------
@@ -159,11 +173,13 @@ def load_backbone(
     check_backbone(name)
     if len(spaces(name)) > 1:
         raise ValueError(f"backbone={name!r}: load each of {spaces(name)} by itself")
+    kind, side = named_size(name)
+    image_size = side or image_size
     if image_size is not None and (type(image_size) is not int or image_size < 1):
         raise ValueError(f"image_size={image_size!r}: a whole number from 1 or None is allowed")
-    if weights is not None and name in ("pixels", "efficientnet_lite0"):
+    if weights is not None and kind in ("pixels", "efficientnet_lite0"):
         raise ValueError(f"weights={str(weights)!r}: backbone={name!r} takes none; leave it None")
-    if name == "pixels":
+    if kind == "pixels":
         return Backbone(
             name=name,
             preprocessing=preprocessing.pixels_in_words(image_size),
@@ -172,18 +188,18 @@ def load_backbone(
             model=preprocessing.Pixels(),
             dim=None,
         )
-    if name == "efficientnet_lite0":
+    if kind == "efficientnet_lite0":
         network = pretrained.efficientnet_lite0()
         config = preprocessing.config(image_size or 224, "bilinear", 1)
         config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as in the original
-    elif name in DINOV2:
+    elif kind in DINOV2:
         side = image_size or 224
         if side % 14:
-            raise ValueError(f"image_size={side}: a multiple of 14 is allowed for {name}")
-        network = pretrained.dinov2(name, side, weights)
+            raise ValueError(f"image_size={side}: a multiple of 14 is allowed for {kind}")
+        network = pretrained.dinov2(kind, side, weights)
         config = preprocessing.config(side, "bicubic", 224 / 256)
     else:
-        network, config = pretrained.timm_model(name, image_size, weights)
+        network, config = pretrained.timm_model(kind, image_size, weights)
     network.float().eval().requires_grad_(False)
     model = preprocessing.Normalised(network, config["mean"], config["std"])
     height, width = config["input_size"][1:]
@@ -191,7 +207,7 @@ def load_backbone(
         features = model(torch.zeros(1, height, width, 3, dtype=torch.uint8))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"image_size={height}: {name} does not take it ({pretrained.one_line(error)})"
+            f"image_size={height}: {kind} does not take it ({pretrained.one_line(error)})"
         ) from error
     if features.ndim != 2:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from temi.backbones import DINOV2, spaces
+from temi.backbones import DINOV2, named_size, spaces
 from temi.config import TrainConfig
 
 
@@ -147,7 +147,8 @@ def estimate_costs(
     num_images : int
         N.
     backbone : str
-        See :func:`temi.costs.flops_per_image`; several joined by ``+`` add up.
+        See :func:`temi.costs.flops_per_image`; several joined by ``+`` add up, and one may have its
+        side in pixels after ``@``.
     hardware : str
         One of :data:`temi.costs.HARDWARE`; ``"cpu"`` is one core of the machine that was measured.
     ranks : int
@@ -177,8 +178,9 @@ def estimate_costs(
     """
     for name, value in (("num_images", num_images), ("ranks", ranks), ("cores", cores)):
         _check_number(name, value)
-    parts = spaces(backbone)
-    flops = {part: flops_per_image(part, image_size) for part in parts}
+    parts, sides = zip(*map(named_size, spaces(backbone)), strict=True)
+    flops = [flops_per_image(part, side or image_size)
+             for part, side in zip(parts, sides, strict=True)]  # fmt: skip
     if hardware not in HARDWARE:
         known = ", ".join(map(repr, HARDWARE))
         raise ValueError(f"hardware={hardware!r}: one of {known} is allowed")
@@ -190,7 +192,8 @@ def estimate_costs(
     decoders = 1 if on_cpu else cores
     read = num_images * len(parts) * MEASURED["read_seconds"] / (decoders * ranks)
     embed = num_images * sum(
-        operations / _embedding_rate(part, hardware) for part, operations in flops.items()
+        operations / _embedding_rate(part, hardware)
+        for part, operations in zip(parts, flops, strict=True)
     )
     search = _search_seconds(num_images, width, hardware)
     steps = config.epochs * max(1, num_images // int(config.batch_size))

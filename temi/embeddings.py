@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from temi.backbones import Backbone, load_backbone, spaces, stack
+from temi.backbones import Backbone, load_backbone, named_size, spaces, stack
 from temi.blocks import Blocks, joined_sizes, kept
 from temi.data import ImageSet
 from temi.distributed import any_of, from_first, is_first, wait_for_all
@@ -132,6 +132,7 @@ def embed(
     backbone : str
         See :func:`temi.load_backbone`. ``"a+b"`` embeds with each, scales both to length 1 and
         joins them: the cosine similarity of the joined rows is the mean of both similarities.
+        ``"a@112+a@144"`` is one backbone at two sizes.
     weights, image_size
         See :func:`temi.load_backbone`.
     data_dir : path
@@ -238,7 +239,7 @@ def _extractors(
 ) -> Iterator[Backbone]:
     """The backbones that a name joins, loaded one by one."""
     names = spaces(backbone)
-    if len(names) > 1 and weights is not None:
+    if weights is not None and len({named_size(name)[0] for name in names}) > 1:
         raise ValueError(f"weights={str(weights)!r}: None is allowed with several backbones")
     for name in names:
         yield load_backbone(name, weights=weights, image_size=image_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from temi.backbones import Backbone, stack
+from temi.backbones import Backbone, named_size, stack
 from temi.blocks import Blocks, kept
 from temi.checks import check_types
 from temi.config import Device, Precision
@@ -149,7 +149,7 @@ def extract(
     model = backbone.model.to(device)
     model.to(memory_format=torch.channels_last)
     workers = config.num_workers
-    if workers is None and backbone.name == "pixels":
+    if workers is None and named_size(backbone.name)[0] == "pixels":
         workers = 0
     left = [blocks.left(block, logs.get(block)) for block in mine]
     source = _Batches(images, backbone, blocks.batch_size, left)

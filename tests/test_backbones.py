@@ -225,6 +225,7 @@ def test_names():
     for size in "sblg":
         check_backbone(f"dinov2_vit{size}14_reg+dinov2_vit{size}14")
     check_backbone("timm:vit_small_patch16_dinov3.lvd1689m+timm:convnext_base.fb_in22k+pixels")
+    check_backbone("pixels@8+pixels@16+timm:resnet18@160")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +244,11 @@ def test_names():
         ),
         ("timm:resnet50.a9", "no such model; close ones are .*resnet50.a1_in1k"),
         ("timm:", "backbone='timm:': timm .* no such model; timm.list_pretrained"),
+        ("resnet@32", "backbone='resnet': one of 'pixels', "),
+        ("pixels@8+pixels@8", "each of several backbones is named once"),
+        ("pixels@", "backbone='pixels@': after '@' a number of pixels .* as in pixels@112"),
+        ("pixels@0", "backbone='pixels@0': after '@' a number of pixels"),
+        ("pixels@8x8", "backbone='pixels@8x8': after '@' a number of pixels"),
     ],
 )
 def test_unknown_names(name, message):
@@ -257,6 +263,18 @@ def test_one_space_at_a_time_and_no_weights_where_none_are_taken():
         load_backbone("pixels+dinov2_vits14")
     with pytest.raises(ValueError, match=r"weights='x\.pth': backbone='pixels' takes none"):
         load_backbone("pixels", weights="x.pth")
+
+
+def test_a_size_in_the_name_goes_before_image_size():
+    image = pictures()[0]
+    named, asked = load_backbone("pixels@5", image_size=9), load_backbone("pixels", image_size=5)
+    assert named.name == "pixels@5"
+    assert named.preprocessing == asked.preprocessing
+    np.testing.assert_array_equal(named.prepare(image), asked.prepare(image))
+    with pytest.raises(ValueError, match="image_size=30: a multiple of 14 is allowed for dinov2"):
+        load_backbone("dinov2_vits14@30")
+    with pytest.raises(ValueError, match=r"weights='x\.pth': backbone='pixels@5' takes none"):
+        load_backbone("pixels@5", weights="x.pth")
 
 
 def test_timm_is_imported_only_for_networks():

@@ -86,6 +86,9 @@ def test_costs_grow_as_they_should(hardware):
     assert larger["seconds"]["embed"] > more * one["seconds"]["embed"]
     zoomed = temi.estimate_costs(10**6, "dinov2_vits14", hardware, image_size=448)
     assert zoomed["seconds"]["embed"] > 4 * one["seconds"]["embed"]
+    both = temi.estimate_costs(10**6, "dinov2_vits14+dinov2_vits14@448", hardware)
+    apart = [table["seconds"]["embed"] for table in (one, zoomed)]
+    assert both["seconds"]["embed"] == pytest.approx(sum(apart))
 
 
 def test_ranks_share_what_can_be_shared():

@@ -12,6 +12,7 @@ from temi.embeddings import (
     Features,
     check_embeddings,
     embed,
+    load_cached,
     load_features,
     mean_embedding,
     normalize,
@@ -106,6 +107,20 @@ def test_joined_spaces_average_the_similarities(images, tmp_path, monkeypatch):
     np.testing.assert_allclose(unit @ unit.T, expected, atol=2e-3)
     with pytest.raises(ValueError, match="weights='w': None is allowed with several"):
         embed(images, "pixels+negative", weights="w")
+
+
+def test_one_backbone_at_two_sizes(images, tmp_path):
+    options = dict(dtype="float32", progress=False)
+    found = embed(images, "pixels@4+pixels@6", data_dir=tmp_path, **options)
+    sizes = [embed(images, "pixels", image_size=side, data_dir=tmp_path / str(side), **options)
+             for side in (4, 6)]  # fmt: skip
+    expected = np.hstack([normalize(size.x, "l2") for size in sizes])
+    np.testing.assert_allclose(found.x, expected / 2**0.5, atol=1e-6)
+    assert [part["backbone"] for part in found.manifest["spaces"]] == ["pixels@4", "pixels@6"]
+    again = load_cached(found.manifest, tmp_path)  # each size has a place of its own
+    np.testing.assert_array_equal(again.x, found.x)
+    with pytest.raises(ValueError, match="weights='w': backbone='pixels@4' takes none"):
+        embed(images, "pixels@4+pixels@6", weights="w")  # of one network, which may take some
 
 
 def test_a_file_of_own_embeddings(tmp_path):

@@ -103,7 +103,7 @@ def test_size_and_several_spaces_are_taken_from_the_run(tmp_path):
     folder = write(tmp_path / "known", DIGITS.images[:40])
     where = {"data_dir": tmp_path / "data", "progress": False}
     images = temi.load_images(str(folder))
-    features = temi.embed(images, "efficientnet_lite0+pixels", image_size=32, **where)
+    features = temi.embed(images, "efficientnet_lite0+pixels@8", image_size=32, **where)
     config = temi.TrainConfig(num_clusters=3, num_heads=2, epochs=2, batch_size=16)
     temi.train(features, config, run_dir=tmp_path / "run", progress=False)
     table = temi.load_run(tmp_path / "run").predict(str(folder), **where)
