@@ -158,6 +158,7 @@ def jobs_on(group: list[Features], seeds: int, paper: bool, device: str) -> list
         first = features is group[0]
         chosen = changes(features, paper) if first else [("backbone", features.backbone, {})]
         names = {"dataset": features.dataset, "backbone": features.backbone}
+        names["classes"] = features.num_classes
         names["fingerprint"] = features.manifest["sha256"][:12]
         for seed in range(seeds):
             counts = set()
@@ -236,7 +237,7 @@ def prefixed(name: str, scores: dict) -> dict:
 
 
 COLUMNS = [
-    *IDENTITY, *SCORES, *(f"{who}_{score}" for who in ("soft", "mean_head", "best_head")
+    *IDENTITY, "classes", *SCORES, *(f"{who}_{score}" for who in ("soft", "mean_head", "best_head")
                           for score in SCORES),
     "information", "information_of_labels", "agreement", "silhouette", "learnability", "balance",
     "loss", "stability", "seconds", "threads", "device", "failed", "fingerprint", "code", "command",
@@ -326,7 +327,7 @@ def load(arguments: argparse.Namespace) -> list[list[Features]]:
         groups.append([named(temi.load_features(file), dataset, backbone or "own")])
     for name, folder in arguments.images:
         images = temi.load_images(folder, labels="folders")
-        spaces = {"efficientnet_lite0": 112, "pixels": None}
+        spaces = {"efficientnet_lite0": 112, "pixels": 32}
         groups.append([named(temi.embed(images, backbone, image_size=size), name, backbone)
                        for backbone, size in spaces.items()])  # fmt: skip
     return groups

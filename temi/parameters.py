@@ -34,7 +34,9 @@ class JobConfig(RunOptions):
     """
 
     dataset: _setting(str, "data set, folder of images, or .npy/.npz file of embeddings") = "digits"
-    backbone: _setting(str, "feature extractor, or several joined by '+'") = "pixels"
+    backbone: _setting(
+        str, "feature extractor, or several joined by '+'; NAME@112 sees images of 112 pixels"
+    ) = "pixels"
     split: _setting(
         str | None, "'train', 'test' or 'both', where the data set has them; None: train"
     ) = None
