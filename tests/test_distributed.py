@@ -55,7 +55,10 @@ def rank_processes(launcher: subprocess.Popen) -> dict[int, int]:
         found = {}
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         for child in map(int, children):
-            entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            try:
+                entries = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):  # not a rank: one that has just ended
+                continue
             found |= {int(e[5:]): child for e in entries if e.startswith(b"RANK=")}
         if len(found) == 2:
             return found
