@@ -9,7 +9,8 @@ interrupted or stopped command goes on where it was:
 
 The digits are always among the data; ``--features NAME/BACKBONE=FILE.npz`` adds embeddings that are
 there (``X`` [N, D] and the classes ``y`` [N]), ``--images NAME=FOLDER`` a folder with a sub-folder
-for each class, as EfficientNet-Lite0 at 112 pixels embeds it and, for comparison, as pixels.
+for each class, as EfficientNet-Lite0 at 112 pixels embeds it and, for comparison, as 32 x 32
+pixels.
 
 Every fifth image is held out from each training. The scores are those of all images; ``acc``,
 ``nmi``, ``anmi`` and ``ari`` are of the vote, or of k-means. Classes score and do nothing else. No
