@@ -178,9 +178,9 @@ def estimate_costs(
     """
     for name, value in (("num_images", num_images), ("ranks", ranks), ("cores", cores)):
         _check_number(name, value)
-    parts, sides = zip(*map(named_size, spaces(backbone)), strict=True)
-    flops = [flops_per_image(part, side or image_size)
-             for part, side in zip(parts, sides, strict=True)]  # fmt: skip
+    sized = [named_size(part) for part in spaces(backbone)]
+    parts = tuple(part for part, _ in sized)
+    flops = [flops_per_image(part, side or image_size) for part, side in sized]
     if hardware not in HARDWARE:
         known = ", ".join(map(repr, HARDWARE))
         raise ValueError(f"hardware={hardware!r}: one of {known} is allowed")
