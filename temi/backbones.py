@@ -42,6 +42,8 @@ class Backbone:
         gradients, float32, on the CPU; for half precision use autocast.
     dim : int or None
         D; None for pixels, whose number depends on the images.
+    side : int or None
+        Shorter side in pixels to which ``prepare`` scales an image at most; None: as it is.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Backbone:
     prepare: Callable[[np.ndarray], np.ndarray]
     model: nn.Module
     dim: int | None
+    side: int | None = None
 
 
 def spaces(name: str) -> tuple[str, ...]:
@@ -187,6 +190,7 @@ def load_backbone(
             prepare=preprocessing.prepare_pixels(image_size),
             model=preprocessing.Pixels(),
             dim=None,
+            side=image_size,
         )
     if kind == "efficientnet_lite0":
         network = pretrained.efficientnet_lite0()
@@ -220,6 +224,7 @@ def load_backbone(
         prepare=preprocessing.prepare(config),
         model=model,
         dim=features.shape[1],
+        side=max(preprocessing.scaled(config)),
     )
 
 

@@ -30,6 +30,7 @@ from temi.devices import (
     uses_bf16,
 )
 from temi.distributed import count, from_first, is_first, on_this_machine, rank
+from temi.image_files import needed_at
 
 BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most
@@ -207,7 +208,8 @@ class _Batches(Dataset):
     """Batches of decoded images of some rows; an item is one batch, made in a worker process."""
 
     def __init__(self, images: ImageSet, backbone: Backbone, batch_size: int, left: list[range]):
-        self.images, self.prepare = images, backbone.prepare
+        self.pictures, self.prepare = needed_at(images.images, backbone.side), backbone.prepare
+        self.ids = images.ids
         self.starts = [start for rows in left for start in rows[::batch_size]]
         self.batch_size = batch_size
 
@@ -217,13 +219,13 @@ class _Batches(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor, list[int], dict[int, str]]:
         start = self.starts[index]
         pictures, rows, unreadable = [], [], {}
-        for row in range(start, min(start + self.batch_size, len(self.images))):
+        for row in range(start, min(start + self.batch_size, len(self.ids))):
             try:
-                pictures.append(self.prepare(self.images.images[row]))
+                pictures.append(self.prepare(self.pictures[row]))
                 rows.append(row)
             except UnreadableImageError as error:
                 unreadable[row] = error.reason
-        names = [self.images.ids[row] for row in rows]
+        names = [self.ids[row] for row in rows]
         pixels = stack(pictures, names) if pictures else np.empty(0, dtype=np.uint8)
         return start, torch.from_numpy(pixels), rows, unreadable
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from temi.data import ImageSet
 from temi.files import whole_file
-from temi.image_files import UnreadableImageError
+from temi.image_files import UnreadableImageError, needed_at
 from temi.names import apply_names, names_in, read_names
 
 INLINE = 20_000  # images; at some 1.7 kB each, of photographs, a page of 34 MB
@@ -167,7 +167,7 @@ def _packs(images: ImageSet, rows: list[int], side: int) -> Iterator[str]:
 def _thumbnail(images: ImageSet, row: int, side: int) -> str:
     """A WebP file in base64; JPEG, with its longer headers, takes half as much again or twice."""
     try:
-        image = Image.fromarray(images.images[row])
+        image = Image.fromarray(needed_at(images.images, side)[row])
     except UnreadableImageError as error:
         raise ValueError(f"image {images.ids[row]!r}: {error.reason}") from error
     image.thumbnail((side, side))

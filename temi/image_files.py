@@ -1,10 +1,11 @@
 """A folder of image files, listed at once and decoded one by one."""
 
+import dataclasses
 import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # no others: EPS would run Ghostscript
+# Times the side that is needed, which a JPEG decoded smaller still has: from three on Pillow's
+# documentation (Image.resize, reducing_gap) calls what is then scaled down indistinguishable.
+ENOUGH = 3
 
 
 class UnreadableImageError(ValueError):
@@ -38,17 +42,20 @@ class ImageFiles:
     root : str
     names : tuple of str
         Paths below ``root``, with forward slashes.
+    side : int or None
+        Shorter side in pixels at which the pictures are needed; None: whole.
     """
 
     root: str
     names: tuple[str, ...]
+    side: int | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Picture ``index``; see :func:`decode`."""
-        return decode(os.path.join(self.root, self.names[index]))
+        return decode(os.path.join(self.root, self.names[index]), self.side)
 
     def states(self) -> Iterator[tuple[str, int, int]]:
         """Name, bytes and time of change in ns of each file, for a fingerprint; 0 if it is gone."""
@@ -59,6 +66,11 @@ class ImageFiles:
                 yield name, 0, 0
             else:
                 yield name, state.st_size, state.st_mtime_ns
+
+
+def needed_at(images: Sequence[np.ndarray] | np.ndarray | ImageFiles, side: int | None):
+    """The same pictures, which will be scaled down to a shorter side of ``side`` pixels, if any."""
+    return dataclasses.replace(images, side=side) if isinstance(images, ImageFiles) else images
 
 
 def list_images(root: Path) -> list[str]:
@@ -109,7 +121,7 @@ def readable_name(name: str) -> str:
     return os.fsencode(escaped).decode("utf-8", "backslashreplace")
 
 
-def decode(path: str) -> np.ndarray:
+def decode(path: str, side: int | None = None) -> np.ndarray:
     """The picture in an image file, upright.
 
     Of an animation the first frame; 16 bits are scaled to 8 (32 are refused: what is white among
@@ -119,6 +131,11 @@ def decode(path: str) -> np.ndarray:
     Parameters
     ----------
     path : str
+    side : int, optional
+        Shorter side in pixels at which the picture is needed: a JPEG is decoded at a half, a
+        quarter or an eighth of its size where three times that side remain, which takes about half
+        as long and changes embeddings less than half precision (benchmarks/large_photographs.py).
+        None: whole.
 
     Returns
     -------
@@ -140,6 +157,8 @@ def decode(path: str) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata, and large photographs
             with Image.open(path, formats=FORMATS) as image:
+                if side is not None:
+                    image.draft(None, (ENOUGH * side, ENOUGH * side))  # does nothing but to JPEG
                 image.load()
                 return np.array(_eight_bit(_upright(image)))
     except UnreadableImageError:

@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from temi.image_files import ImageFiles
+from temi.image_files import ImageFiles, needed_at
 from temi.runs import Run
 
 TILE = 64  # pixels of a side that a picture in a row has at most
@@ -198,7 +198,8 @@ def _tiles(
     images: Sequence[np.ndarray] | np.ndarray | ImageFiles, indices: Sequence[int]
 ) -> dict[int, np.ndarray]:
     """Pictures of one size: as they are where they have one, else the middle square of each."""
-    pictures = {index: images[index] for index in indices}
+    small = needed_at(images, TILE)
+    pictures = {index: small[index] for index in indices}
     shapes = {picture.shape for picture in pictures.values()}
     if len(shapes) == 1 and max(next(iter(shapes))) <= TILE:
         return pictures

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from temi.image_files import ENOUGH
+
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_DECODED = f"JPEG at 1/2, 1/4 or 1/8 where {ENOUGH} times the scaled side remain; RGB; "
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,23 @@ def prepare(config: dict) -> Prepare:
     return Prepare(tuple(steps), rgb=True)
 
 
+def scaled(config: dict) -> tuple[int, int]:
+    """Height and width to which a preprocessing in timm's terms scales, before it crops."""
+    height, width = (math.floor(side / config["crop_pct"]) for side in config["input_size"][1:])
+    return height, width
+
+
 def in_words(config: dict) -> str:
     """All that a preprocessing in timm's terms does."""
-    (height, width), kept = config["input_size"][1:], config["crop_pct"]
-    scaled = f"{math.floor(height / kept)} x {math.floor(width / kept)}"
+    height, width = config["input_size"][1:]
+    size = " x ".join(map(str, scaled(config)))
     how = {
-        "squash": f"both sides stretched to {scaled}",
-        "border": f"longer side scaled to fit {scaled}, borders filled with the mean",
-    }.get(config["crop_mode"], f"shorter side scaled to fill {scaled}")
+        "squash": f"both sides stretched to {size}",
+        "border": f"longer side scaled to fit {size}, borders filled with the mean",
+    }.get(config["crop_mode"], f"shorter side scaled to fill {size}")
     mean, deviation = ([round(value, 4) for value in config[key]] for key in ("mean", "std"))
     return (
-        f"RGB; {how} pixels, {config['interpolation']} (Pillow); central {height} x {width}; "
+        f"{_DECODED}{how} pixels, {config['interpolation']} (Pillow); central {height} x {width}; "
         f"divided by 255, minus {mean}, over {deviation}"
     )
 
@@ -116,5 +125,5 @@ def prepare_pixels(side: int | None) -> Prepare:
 
 def pixels_in_words(side: int | None) -> str:
     """What :func:`prepare_pixels` and :class:`Pixels` do."""
-    scaled = f"RGB; shorter side scaled to {side} pixels, bicubic (Pillow); central square; "
-    return scaled * (side is not None) + "values divided by 255, row by row"
+    square = f"{_DECODED}shorter side scaled to {side} pixels, bicubic (Pillow); central square; "
+    return square * (side is not None) + "values divided by 255, row by row"

@@ -42,6 +42,7 @@ def test_dinov2_is_prepared_as_its_authors_do(small, image_size, monkeypatch):
         np.testing.assert_array_equal(got, expected)
         assert got.dtype == np.uint8
         assert got.flags.writeable
+    assert backbone.side == side * 256 // 224
     assert f"fill {side * 256 // 224} x" in backbone.preprocessing
     assert f"central {side} x {side}" in backbone.preprocessing
     assert "bicubic" in backbone.preprocessing
@@ -195,7 +196,7 @@ def test_long_strips_need_little_memory():
 
 def test_pixels_are_the_values():
     backbone = load_backbone("pixels")
-    assert (backbone.weights, backbone.dim) == ("none", None)
+    assert (backbone.weights, backbone.dim, backbone.side) == ("none", None, None)
     for picture in pictures():
         prepared = pickle.loads(pickle.dumps(backbone.prepare))(picture)
         np.testing.assert_array_equal(prepared, picture)

@@ -10,9 +10,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from temi import image_files, plots
+from temi.backbones import load_backbone
 from temi.data import UnreadableImageError, load_images
 from temi.embeddings import embed
+from temi.extraction import _Batches
 from temi.files import write_json
+from temi.gallery import write_gallery
 from temi.image_files import ImageFiles, decode, readable_name
 
 RED, GREY = (255, 0, 0), 128
@@ -153,6 +157,57 @@ def test_reported(hostile, name):
     assert words[name] in error.value.reason
     assert "\n" not in error.value.reason
     assert str(hostile) not in error.value.reason
+
+
+def photograph(mode: str = "RGB") -> Image.Image:
+    """A smooth picture of 1400 x 1000 pixels."""
+    coarse = np.random.default_rng(1).integers(0, 255, (10, 14, 3), np.uint8)
+    return Image.fromarray(coarse).resize((1400, 1000), Image.Resampling.BICUBIC).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("side", "part"), [(None, 1), (200, 1), (166, 2), (112, 2), (83, 4), (42, 4), (41, 8), (1, 8)]
+)
+def test_a_large_jpeg_is_decoded_no_larger_than_it_needs_to_be(mode, side, part, tmp_path):
+    path = str(tmp_path / "photograph.jpg")
+    photograph(mode).save(path, quality=95)
+    whole, picture = Image.fromarray(decode(path)), decode(path, side)
+    assert picture.shape[:2] == (1000 // part, 1400 // part)
+    averages = np.asarray(whole.reduce(part)).astype(int)
+    assert np.abs(picture - averages).mean() < 1
+    assert np.abs(picture - averages).max() < 12
+
+
+def test_rotation_and_other_formats_of_large_files(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph().save(tmp_path / "turned.jpg", exif=exif)
+    assert decode(str(tmp_path / "turned.jpg"), 112).shape == (700, 500, 3)
+    photograph().save(tmp_path / "large.png")
+    whole = decode(str(tmp_path / "large.png"))
+    np.testing.assert_array_equal(decode(str(tmp_path / "large.png"), 1), whole)
+
+
+def test_whoever_scales_pictures_down_asks_for_small_ones(tmp_path, monkeypatch):
+    photograph().save(tmp_path / "large.jpg", quality=95)
+    images = load_images(str(tmp_path))
+    whole = images.images[0]
+    asked = []
+
+    def noted(path, side=None):
+        asked.append(side)
+        return decode(path, side)
+
+    monkeypatch.setattr(image_files, "decode", noted)
+    backbone = load_backbone("pixels", image_size=32)
+    _, pixels, *_ = _Batches(images, backbone, 1, [range(1)])[0]
+    assert np.abs(pixels[0].numpy() - backbone.prepare(whole).astype(int)).mean() < 1
+    plots.image_rows(images.images, [[0]], ["a picture"])
+    sure = dict.fromkeys(("confidence", "agreement", "distance"), 1.0)
+    table = pd.DataFrame({"path": images.ids, "cluster": 0, "second_choice": -1, **sure})
+    write_gallery(tmp_path / "gallery.html", table, images, thumbnail=48)
+    assert asked == [32, 64, 48]
 
 
 def test_frames_and_transparency_in_full(hostile):
