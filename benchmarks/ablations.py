@@ -23,12 +23,12 @@ lowest-loss head; ``stability``, the mean ARI between the seeds of one setting, 
 kept in data/ablations.
 
 A row counts as there while its resolved settings, its embeddings (``fingerprint``) and the code
-(``code``) are the same. The latter is a hash of :data:`CODE`: what determines labels and scores,
-without comments and docstrings. ``temi.config`` is left out, as its outcome is in ``settings``.
-Code that was rearranged, and computes the same, need not cost hours: ``--verify 3`` trains three
-rows of other code again, out of those that were trained on this ``--device``, on as many threads as
-they were, and only if every score comes out as it stands there, all rows of that code count for the
-present one.
+(``code``) are the same. The latter is a hash of :data:`CODE`, without comments and docstrings: the
+mathematics of labels and scores, not what hands rows and neighbours to it, nor ``temi.config``, as
+its outcome is in ``settings``. Code that was rearranged, and computes the same, need not cost
+hours: ``--verify 3`` trains three rows of other code again, out of those that were trained on this
+``--device``, on as many threads as they were, and only if every score comes out as it stands there,
+all rows of that code count for the present one.
 
 On a GPU (``--device cuda``) a row takes seconds. Its random numbers are those of a CPU, but not its
 rounding, so that it scores as another draw does.

@@ -5,7 +5,7 @@ import lazy_loader
 # Names are imported when they are first used, so that `import temi` itself takes no time.
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["plots"],
+    submodules=["backbones", "costs", "distributed", "embeddings", "files", "plots", "trouble"],
     submod_attrs={
         "backbones": ["load_backbone"],
         "baselines": ["kmeans"],

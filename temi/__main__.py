@@ -247,11 +247,12 @@ def main(arguments: list[str] | None = None) -> int:
     Returns
     -------
     int
-        0; 1 after an error in the work, which is said in one line; 2 where a setting is not
-        allowed; 130 after Ctrl-C, when what was computed is kept.
+        0; 1 after an error, which is said in one line; 2 where an option cannot be read, as a word
+        for a number; 130 after Ctrl-C, when what was computed is kept.
     """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        command: Any = get_subcommand(CliApp.run(App, cli_args=arguments or sys.argv[1:]))
+        command: Any = get_subcommand(CliApp.run(App, cli_args=given))
     except ValidationError as error:
         first = error.errors()[0]
         option = str(first["loc"][1]).replace("_", "-")
@@ -267,7 +268,8 @@ def main(arguments: list[str] | None = None) -> int:
         distributed.say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        distributed.say("stopped; the same command with --resume auto goes on")
+        resuming = " with --resume auto" if hasattr(command, "resume") else ""
+        distributed.say(f"stopped; the same command{resuming} goes on")
         return 130
     if distributed.is_first():
         print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))

@@ -72,10 +72,11 @@ class TrainConfig:
     """Settings of one training run.
 
     A setting that is None takes its value from ``recipe``; after construction no setting is None
-    but ``clip_grad`` (no clipping), ``pca_dim`` (no reduction), ``teacher_temp_start`` (no warm-up
-    of the temperature), and what depends on the data and is filled in by :meth:`resolve`:
-    ``num_clusters`` and, but for ``paper``, ``epochs`` and ``num_neighbors``. Each annotation
-    states the hard limits, and the range that makes sense in practice.
+    but ``clip_grad`` (no clipping), ``pca_dim`` (of ``paper``: no reduction),
+    ``teacher_temp_start`` (no warm-up of the temperature), and what depends on the data and is
+    filled in by :meth:`resolve`: ``num_clusters`` and, but for ``paper``, ``epochs`` and
+    ``num_neighbors``. Each annotation states the hard limits, and the range that makes sense in
+    practice.
 
     Raises
     ------
@@ -129,7 +130,7 @@ class TrainConfig:
     learning_rate: _number(
         float,
         "AdamW's learning rate per 256 images, scaled linearly with the batch",
-        "1e-5 to 3e-3",
+        "1e-5 to 1e-2",
         gt=0,
         le=100,
     ) = None
@@ -179,12 +180,12 @@ class TrainConfig:
     ] = None
     pca_dim: _number(
         int | None,
-        "principal components of the embeddings that are kept; None: all",
+        "principal components of the embeddings that are kept, all where there are no more",
         "64 to 512",
         ge=1,
     ) = None
     seed: Annotated[
-        int, Field(description="of initial weights, order and pairs", ge=0, lt=2**63)
+        int, Field(description="of initial weights, order and pairs", ge=0, lt=2**32)
     ] = 0
     device: Device = "auto"
     precision: Precision = "auto"

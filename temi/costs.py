@@ -6,12 +6,13 @@ H200 (:data:`UTILISATION`, :data:`ON_GPU`, by ``benchmarks/gpu.py``). That anoth
 times slower as its peak is lower is assumed.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from temi.backbones import DINOV2, named_size, spaces
-from temi.config import TrainConfig
+from temi.config import RECIPES, TrainConfig
 
 
 class Hardware(NamedTuple):
@@ -185,6 +186,9 @@ def estimate_costs(
         known = ", ".join(map(repr, HARDWARE))
         raise ValueError(f"hardware={hardware!r}: one of {known} is allowed")
     config = (config or TrainConfig(num_clusters=100)).resolve(num_images)
+    if config.batch_size == "auto":  # as many as the recipe has, unless memory is too small
+        batch = min(RECIPES[config.recipe]["batch_size"], num_images)
+        config = dataclasses.replace(config, batch_size=batch)
     dim = sum(map(_dim, parts))
     width = min(config.pca_dim or dim, dim)
     on_cpu = hardware == "cpu"

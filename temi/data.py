@@ -134,7 +134,7 @@ def check_dataset(name: str) -> None:
 
 
 def load_images(
-    name: str,
+    name: str | Path,
     *,
     split: str | None = None,
     labels: str | None = None,
@@ -144,7 +144,7 @@ def load_images(
 
     Parameters
     ----------
-    name : str
+    name : str or path
         A data set, downloaded into ``data_dir`` when it is not there:
 
         - ``"digits"``: 1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak, 1998), which
@@ -179,6 +179,7 @@ def load_images(
         In one line: no such data set, folder, split or image; a download that failed, and where to
         put the file by hand.
     """
+    name = str(name)
     check_dataset(name)
     if holds_embeddings(name):
         raise ValueError(f"dataset={name!r}: holds embeddings; temi.load_features reads them")

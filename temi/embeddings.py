@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -169,10 +169,14 @@ def embed(
     ValueError
         If a name, a size or the weights do not fit, an image cannot be read (with
         ``on_error="stop"``), none can, or an embedding is not finite.
+    OSError
+        If weights are not there or a download fails; says what to fetch by hand.
+    MemoryError
+        If embedding a single image does not fit into the device's memory.
     """
     config = ExtractionConfig(dtype, batch_size, num_workers, device, precision, on_error, progress)
     parts = []
-    asked = {"image_size": image_size, "weights_file": None if weights is None else str(weights)}
+    asked = {"image_size": image_size, "weights_file": weights and str(readable_path(weights))}
     asked = {key: value for key, value in asked.items() if value is not None}
     for extractor in _extractors(backbone, weights, image_size):
         folder = _folder(data_dir, images.name, extractor.name)
@@ -406,12 +410,28 @@ def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:
 
 
 def _join(parts: list[Features], backbone: str) -> Features:
-    """Several feature spaces side by side, each scaled to length 1, the whole too."""
-    joined = np.hstack([normalize(part.x, "l2") for part in parts]) / len(parts) ** 0.5
+    """Several feature spaces side by side, each scaled to length 1, the whole too.
+
+    Of the images that all of them have: a blank one has no direction in some spaces alone.
+    """
+    manifests = [part.manifest for part in parts]
     manifest: dict[str, Any] = {"dataset": parts[0].dataset, "backbone": backbone}
-    manifest["unreadable"] = parts[0].manifest["unreadable"]
-    manifest["spaces"] = [part.manifest for part in parts]
+    manifest["unreadable"] = {name: reason for each in reversed(manifests)
+                              for name, reason in each["unreadable"].items()}  # fmt: skip
+    manifest["spaces"] = manifests
+    parts = [_without(part, manifest["unreadable"]) for part in parts]
+    joined = np.hstack([normalize(part.x, "l2") for part in parts]) / len(parts) ** 0.5
     return replace(parts[0], x=joined.astype(parts[0].x.dtype), manifest=manifest)
+
+
+def _without(features: Features, ids: Collection[str]) -> Features:
+    """The rows that are not of these ids."""
+    rows = [row for row, name in enumerate(features.ids) if name not in ids]
+    if len(rows) == len(features):
+        return features
+    labels = None if features.labels is None else features.labels[rows]
+    kept = [features.ids[row] for row in rows]
+    return replace(features, x=features.x[rows], ids=kept, labels=labels)
 
 
 def load_features(path: str | Path) -> Features:
@@ -436,6 +456,8 @@ def load_features(path: str | Path) -> Features:
         finite rows [N, D].
     """
     file = readable_path(path)
+    if not file.is_file():
+        raise ValueError(f"dataset={str(path)!r}: there is no such file")
     loaded = np.load(file, mmap_mode="c")
     x, y = loaded, None
     if isinstance(loaded, np.lib.npyio.NpzFile):

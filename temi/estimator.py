@@ -213,4 +213,4 @@ def _with_directions(x: np.ndarray) -> np.ndarray:
 
     They are places like any other here, while :func:`temi.train` takes them for blank images.
     """
-    return np.where(x.any(axis=1, keepdims=True), x, 1e-30)
+    return np.where(x.any(axis=1, keepdims=True), x, 1e-15)

@@ -21,7 +21,7 @@ from temi.data import ImageSet
 from temi.embeddings import Features
 from temi.files import whole_file
 from temi.image_files import ImageFiles
-from temi.names import apply_names, names_in
+from temi.names import apply_names, check_columns, names_in
 from temi.runs import Run
 
 MARKER = ".sorted-by-temi"  # in a folder that the next call may replace
@@ -60,10 +60,10 @@ def assignments(run: Run, features: Features, centers: np.ndarray | None = None)
     x = run.inputs(features)
     labels, agreement = run.vote(features)
     middles = torch.from_numpy(_means(x, labels, run) if centers is None else centers)
-    chunks = []
-    clusters = torch.from_numpy(labels).split(ensemble.CHUNK)
-    rows = x.split(ensemble.CHUNK)
-    for probs, own, part in zip(run.mean_probs(features), clusters, rows, strict=True):
+    chunks, clusters, start = [], torch.from_numpy(labels), 0
+    for probs in run.mean_probs(features):
+        stop = start + len(probs)
+        own, part, start = clusters[start:stop], x[start:stop], stop
         confidence = probs.gather(1, own[:, None])[:, 0]
         others = probs.scatter(1, own[:, None], -1)  # (chunk, K)
         likeliest, second = others.max(dim=1)
@@ -159,12 +159,14 @@ def sort_images(
     Raises
     ------
     ValueError
-        In one line, before anything is written: a folder that holds something else, that contains
-        the originals or lies among them; an unknown ``how``; malformed names.
+        In one line, before anything is written: a table without clusters; a folder that holds
+        something else, that contains the originals or lies among them; an unknown ``how``;
+        malformed names.
     OSError
         If an image cannot be read or a file not be written: what stood at ``folder`` before is as
         it was, and nothing else is left.
     """
+    check_columns(table, "path", "cluster")
     if how not in ("copy", "hardlink", "symlink"):
         raise ValueError(f"how={how!r}: one of 'copy', 'hardlink', 'symlink' is allowed")
     files = images.images if isinstance(images.images, ImageFiles) else None

@@ -55,8 +55,8 @@ def path_part(name: str) -> str:
 
 
 @contextmanager
-def whole_file(path: Path, text_mode: bool = False) -> Iterator[IO]:
-    """A file to write to, beside ``path``, that takes its place once flushed and closed.
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write bytes to, beside ``path``, that takes its place once flushed and closed.
 
     Raises
     ------
@@ -64,7 +64,7 @@ def whole_file(path: Path, text_mode: bool = False) -> Iterator[IO]:
         If it cannot be written (a full disk, say): what stood at ``path`` is as it was.
     """
     try:
-        with atomic_save(path, text_mode=text_mode, overwrite_part=True) as file:
+        with atomic_save(path, overwrite_part=True) as file:
             yield file
     except (OSError, RuntimeError) as error:
         # torch.save says RuntimeError over the OSError of a full disk
@@ -72,14 +72,16 @@ def whole_file(path: Path, text_mode: bool = False) -> Iterator[IO]:
         if not isinstance(cause, OSError):
             raise
         raise OSError(
-            cause.errno, f"{cause.strerror}; what stood there before is as it was", str(path)
+            cause.errno,
+            f"{cause.strerror or cause}; what stood there before is as it was",
+            str(path),
         ) from error
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all; see :func:`whole_file`."""
-    with whole_file(path, text_mode=True) as file:
-        file.write(text)
+    """Write a text file, in UTF-8, whole or not at all; see :func:`whole_file`."""
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:

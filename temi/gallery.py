@@ -19,10 +19,12 @@ from tqdm import tqdm
 from temi.data import ImageSet
 from temi.files import whole_file
 from temi.image_files import UnreadableImageError, needed_at
-from temi.names import apply_names, names_in, read_names
+from temi.names import apply_names, check_columns, names_in, read_names
 
 INLINE = 20_000  # images; at some 1.7 kB each, of photographs, a page of 34 MB
 PACK = 200  # thumbnails that are read together
+_WHOLE = ("path", "cluster", "second_choice")  # columns of the table, as the next
+_ROUNDED = ("confidence", "agreement", "distance")
 LOSSLESS = 16  # pixels of a side up to which each one counts, and costs next to nothing
 
 
@@ -73,6 +75,7 @@ def write_gallery(
     """
     if not isinstance(thumbnail, int) or not 16 <= thumbnail <= 512:
         raise ValueError(f"thumbnail={thumbnail!r}: a whole number from 16 to 512 is allowed")
+    check_columns(table, *_WHOLE, *_ROUNDED)
     if not len(table):
         raise ValueError("table: holds no image; one or more are allowed")
     if points is not None:
@@ -117,8 +120,8 @@ def write_gallery(
 
 def _columns(table: pd.DataFrame) -> dict[str, list]:
     """The table as lists; numbers to four digits, None for NaN, which JSON has not."""
-    columns = {name: table[name].tolist() for name in ("path", "cluster", "second_choice")}
-    for name in ("confidence", "agreement", "distance"):
+    columns = {name: table[name].tolist() for name in _WHOLE}
+    for name in _ROUNDED:
         values = table[name].round(4)
         columns[name] = values.astype(object).where(values.notna(), None).tolist()
     return columns

@@ -1,6 +1,7 @@
 """A folder of image files, listed at once and decoded one by one."""
 
 import dataclasses
+import errno
 import os
 import re
 import stat
@@ -17,6 +18,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # no others: EPS would 
 # Times the side that is needed, which a JPEG decoded smaller still has: from three on Pillow's
 # documentation (Image.resize, reducing_gap) calls what is then scaled down indistinguishable.
 ENOUGH = 3
+# What fails for want of something, and may succeed the next time: the image stays in.
+_NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 
 class UnreadableImageError(ValueError):
@@ -147,6 +150,8 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
     UnreadableImageError
         If the file is gone, no file, empty, no image, broken, or has more than twice the pixels of
         ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million), as a decompression bomb has.
+    MemoryError, OSError
+        If memory or open files run out, or a network folder is gone: not for want of the file.
     """
     try:
         state = os.stat(path)
@@ -169,7 +174,11 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
         raise UnreadableImageError(
             f"too large: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
         ) from None
+    except MemoryError:
+        raise
     except OSError as error:
+        if error.errno in _NOT_OF_THE_FILE:
+            raise
         raise UnreadableImageError(error.strerror or f"broken: {error}") from error
     except Exception as error:  # what the decoders raise at broken content has no common class
         raise UnreadableImageError(f"broken: {type(error).__name__}: {error}") from error

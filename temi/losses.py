@@ -1,8 +1,7 @@
 """The TEMI objective, the two simpler objectives that it grew from, and SCAN's for comparison.
 
-Equation numbers are those of the chapter "From mutual information to TEMI", which derives them;
-the paper is Adaloglou et al., "Exploring the Limits of Deep Image Clustering using Pretrained
-Models", BMVC 2023.
+The chapter "From mutual information to TEMI" derives them; the paper is Adaloglou et al.,
+"Exploring the Limits of Deep Image Clustering using Pretrained Models", BMVC 2023.
 """
 
 import torch

@@ -79,6 +79,15 @@ def _end(cluster: int, merged: dict[int, int], source: str) -> int:
     return seen[-1]
 
 
+def check_columns(table: pd.DataFrame, *names: str) -> None:
+    """Raise a ValueError if a table lacks a column of :func:`temi.assignments`."""
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(
+            f"table: has no {', '.join(missing)}; a table of temi.assignments has, "
+            "and so have the files of temi.write_assignments"
+        )
+
+
 def apply_names(
     table: pd.DataFrame, names: str | Path | Mapping, num_clusters: int | None = None
 ) -> pd.DataFrame:
@@ -104,8 +113,10 @@ def apply_names(
     Raises
     ------
     ValueError
-        In one line, if ``names`` is malformed or names a cluster that there is not.
+        In one line, if ``names`` is malformed or names a cluster that there is not, or the table is
+        another.
     """
+    check_columns(table, "cluster", "second_choice")
     given, merged = read_names(names)
     clusters = table["cluster"], table["second_choice"]
     known = set(range(num_clusters)) if num_clusters else {*clusters[0], *clusters[1]} - {-1}

@@ -269,6 +269,8 @@ def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np
         Rows of each group of two or more, the largest first.
     """
     count = len(x)
+    if count < 2:
+        return []
     near, values = (part.cpu() for part in search_neighbors(x, min(k, count - 1)))
     rows, places = (values >= similarity).nonzero(as_tuple=True)
     columns = near[rows, places]

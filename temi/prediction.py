@@ -31,14 +31,17 @@ def predict_images(
     on_error: Literal["skip", "stop"] = "skip",
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Clusters of new images, embedded exactly as the images of the run were.
+    """Clusters of new images, embedded as the images of the run were.
+
+    That is by the same weights and preprocessing; the precision of the products is this device's.
 
     Parameters
     ----------
     run : Run
         Trained on what :func:`temi.embed` gave.
     images : ImageSet, or path or name
-        Given as a path or name: see :func:`temi.load_images`, for ``split`` too.
+        Given as a path or name: see :func:`temi.load_images`, for ``split`` too, which an
+        ``ImageSet`` has chosen already.
     weights : path, optional
         Where the backbone's weights are now; None: where they were. They must be the same ones.
     data_dir : path
@@ -60,8 +63,10 @@ def predict_images(
     Raises
     ------
     ValueError
-        Before anything is embedded: the run was trained on an array of one's own, or the backbone's
-        weights or preprocessing are not those of the run.
+        Before anything is embedded: the run was trained on an array of one's own, the backbone's
+        weights or preprocessing are not those of the run, or ``split`` comes with an ``ImageSet``.
+    OSError
+        If the images or the weights cannot be read.
     """
     manifest = run.manifest
     spaces = manifest.get("spaces", [manifest])
@@ -70,7 +75,10 @@ def predict_images(
             f"this run was trained on embeddings from {manifest['dataset']!r}, whose backbone temi "
             "does not know: embed the new images in the same way and give predict() the array"
         )
-    if not isinstance(images, ImageSet):
+    if isinstance(images, ImageSet):
+        if split is not None:
+            raise ValueError(f"split={split!r}: images that are loaded already take none")
+    else:
         images = load_images(str(images), split=split, data_dir=data_dir)
     size = spaces[0].get("image_size")
     weights = weights or spaces[0].get("weights_file")
@@ -101,7 +109,7 @@ def _novelty(run: Run, features: Features, trained: Features) -> dict[str, np.nd
     known = run.inputs(trained)  # (N, D)
     k = min(NEIGHBORS, len(known) - 1)
     similarity = nearest_similarities(run.inputs(features), known, k).mean(dim=1).numpy()
-    rows = torch.linspace(0, len(known) - 1, min(SAMPLE, len(known))).long()
+    rows = torch.linspace(0, len(known) - 1, min(SAMPLE, len(known)), dtype=torch.float64).long()
     among = nearest_similarities(known[rows], known, k + 1)[:, 1:].mean(dim=1)  # without itself
     usual = float(torch.quantile(among, 1 - ORDINARY))
     return {"similarity": similarity, "outlier": similarity < usual}

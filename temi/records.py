@@ -63,7 +63,7 @@ class Record:
         if path is not None:
             if path.name != checkpoints.LATEST:
                 latest = self.checkpoints / checkpoints.LATEST
-                checkpoints.link(self.checkpoints / path.name, latest)
+                checkpoints.link(path, latest)
             if content["step"] == 0 and content["history"]:
                 self._keep(content)  # a kill may have come between the file and its other names
 
@@ -187,12 +187,13 @@ class Record:
         settle(self.place.run_dir)
 
     def _write(self, run: Run, features: Features, finished: bool) -> None:
-        with whole_file(self.folder / "assignments.csv", text_mode=True) as file:
+        with whole_file(self.folder / "assignments.csv") as file:
             for start in range(0, len(features), ROWS):
                 part = slice(start, start + ROWS)
                 table = {"id": features.ids[part], "cluster": run.labels[part]}
                 table |= {"agreement": run.agreement[part]}
-                pd.DataFrame(table).to_csv(file, index=False, header=start == 0)
+                rows = pd.DataFrame(table)
+                rows.to_csv(file, index=False, header=start == 0, lineterminator="\n")
         results = final_results(run, features, best_by=self.options.best_by, finished=finished)
         if finished:
             self._log_scores(results)

@@ -34,6 +34,10 @@ def best_epoch(history: list[dict], best_by: str) -> tuple[int, float]:
         values = [min(entry["head_losses"]) for entry in history]
         epoch = int(np.argmin(values))
     else:
+        if not all("ensemble_acc" in entry for entry in history):
+            raise ValueError(
+                "best_by='accuracy': the run began without labels; 'loss' is allowed to go on"
+            )
         values = [entry["ensemble_acc"] for entry in history]
         epoch = int(np.argmax(values))
     return epoch + 1, values[epoch]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from temi import checkpoints, ensemble
 from temi.config import TrainConfig
+from temi.data import ImageSet
 from temi.embeddings import Features, as_array, normalize
-from temi.files import RESULTS, home, readable_path
+from temi.files import RESULTS, readable_path
 from temi.heads import MultiHead
 
 
@@ -117,27 +118,29 @@ class Run:
         return ensemble.relabel(labels, self.alignment)
 
     def predict(
-        self, features: Features | np.ndarray | str | Path, **options
+        self, features: Features | np.ndarray | ImageSet | str | Path, **options
     ) -> "np.ndarray | pd.DataFrame":
         """Cluster of each row of embeddings, or of each image of a folder, by majority vote.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D], or path
-            From the same backbone as those trained on, not normalised. Or a folder of images (or
-            the name of a data set), which is embedded as the run's own images were.
+        features : Features or ndarray [N, D], or ImageSet or path
+            From the same backbone as those trained on, not normalised. Or images, or their folder
+            (or the name of a data set), which are embedded as the run's own images were.
         **options
-            With a path: of :func:`temi.predict_images`.
+            With images: of :func:`temi.predict_images`.
 
         Returns
         -------
         ndarray [N], int64, or DataFrame
-            The latter with a path; its columns are those of :func:`temi.predict_images`.
+            The latter with images; its columns are those of :func:`temi.predict_images`.
         """
-        if isinstance(features, (str, Path)):
+        if isinstance(features, (ImageSet, str, Path)):
             from temi.prediction import predict_images  # which builds on this module
 
             return predict_images(self, features, **options)
+        if options:
+            raise TypeError(f"predict() takes {', '.join(options)} with images alone")
         return self.vote(features)[0]
 
     def vote(self, features: Features | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +217,7 @@ def load_run(path: str | Path) -> Run:
             raise ValueError(f"path={str(path)!r}: holds no checkpoint")
         _, content = newest
     settings = {key: value for key, value in content["config"].items()
-                if key not in ("dataset", "backbone", "device")}  # fmt: skip
+                if key not in ("dataset", "backbone", "device", "precision")}  # fmt: skip
     config = TrainConfig(**settings)
     heads, hidden_dim, in_dim = content["teacher"]["weight1"].shape
     _, bottleneck_dim, _ = content["teacher"]["weight2"].shape
@@ -244,7 +247,7 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
         ``finished``. Empty where there is no run.
     """
     rows, settings = {}, {}
-    for path in sorted(readable_path(folder).glob(f"*/{RESULTS}")):
+    for path in sorted(readable_path(folder).glob(f"[!.]*/{RESULTS}")):  # hidden: not whole yet
         results = json.loads(path.read_text())
         settings[path.parent.name] = results["config"]
         rows[path.parent.name] = {
@@ -263,9 +266,19 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
 
 
 def summary(run_dir: str | Path) -> str:
-    """The four scores of a finished run, and where its files are, in a few lines."""
-    folder = home() / run_dir
-    results = json.loads((folder / RESULTS).read_text())
+    """The four scores of a finished run, and where its files are, in a few lines.
+
+    ``run_dir`` is relative to the current folder, else to :func:`temi.files.home`.
+
+    Raises
+    ------
+    ValueError
+        If there is no finished run.
+    """
+    folder = readable_path(run_dir)
+    file = folder / RESULTS
+    if not file.exists() or not (results := json.loads(file.read_text()))["finished"]:
+        raise ValueError(f"run_dir={str(run_dir)!r}: holds no finished run")
     table = pd.DataFrame(
         {"TEMI, vote of all heads": results["metrics"]}
         | {f"k-means, {how}": scores for how, scores in results["kmeans"].items()}

@@ -111,7 +111,9 @@ def suggest_num_clusters(
         for repeat, order in enumerate(splits):
             said = []
             for part in (order[:half], order[half:]):
-                model = KMeans(clusters, n_init=1, random_state=seed + repeat).fit(x[part])
+                model = KMeans(clusters, n_init=1, random_state=(seed + repeat) % 2**32).fit(
+                    x[part]
+                )
                 said.append(model.predict(x))
             silhouettes += [silhouette(x, labels, seed=seed) for labels in said]
             agreements.append(adjusted_mutual_info_score(*said))

@@ -55,6 +55,10 @@ class DivergenceError(FloatingPointError):
             "learning_rate (on_divergence='retry' does that), more warmup_epochs, clip_grad=1.0"
         )
 
+    def __reduce__(self):  # between processes an exception travels by its message alone
+        names = ("epoch", "step", "heads", "learning_rate")
+        return type(self), tuple(self.entry[name] for name in names)
+
 
 def collapsed_heads(marginal: Tensor, sizes: Tensor) -> list[int]:
     """Heads whose clusters have collapsed.

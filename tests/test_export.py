@@ -98,8 +98,9 @@ def test_against_plain_numpy(table, run, features):
     np.testing.assert_allclose(temi.centers(run, features), middles, atol=1e-5)
 
 
-def test_many_chunks_are_one(monkeypatch, table, run, features):
-    monkeypatch.setattr(ensemble, "CHUNK", 100)
+@pytest.mark.parametrize(("limit", "value"), [("CHUNK", 100), ("LOGITS", 4_000)])
+def test_many_chunks_are_one(monkeypatch, table, run, features, limit, value):
+    monkeypatch.setattr(ensemble, limit, value)
     again = temi.assignments(run, features)
     pd.testing.assert_frame_equal(again, table, rtol=0, atol=1e-6)
 
@@ -444,3 +445,15 @@ def test_other_arguments_are_refused(photos, tmp_path):
     with pytest.raises(OSError, match="no such image file any more"):
         temi.sort_images(table, images, tmp_path / "sorted")
     assert {path.name for path in tmp_path.iterdir()} == {"photos"}
+
+
+def test_a_table_of_another_kind_is_refused_in_one_line(photos, run, tmp_path):
+    images, _ = photos
+    other = pd.DataFrame({"id": images.ids, "cluster": 0, "agreement": 1.0})  # as a run keeps
+    with pytest.raises(ValueError, match="table: has no path; a table of temi"):
+        temi.sort_images(other, images, tmp_path / "sorted")
+    with pytest.raises(ValueError, match="table: has no second_choice"):
+        temi.apply_names(other, {"format": "temi-names-1"})
+    with pytest.raises(ValueError, match="table: has no path, second_choice, confidence, distance"):
+        temi.write_gallery(tmp_path / "page.html", other, images)
+    assert not list(tmp_path.glob("*.html"))

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from temi.files import home, path_part, sha256, write_json, write_whole
+from temi.files import home, path_part, sha256, whole_file, write_json, write_whole
 
 
 def test_plain_names_stay():
@@ -48,3 +48,15 @@ def test_home_is_where_the_variable_says(monkeypatch, tmp_path):
     assert home() == tmp_path
     monkeypatch.delenv("TEMI_HOME")
     assert (home() / "pyproject.toml").exists()
+
+
+def test_an_error_without_a_number_keeps_its_words(tmp_path):
+    words = "cannot write this; what stood there before is as it was"
+    with pytest.raises(OSError, match=words), whole_file(tmp_path / "file"):
+        raise OSError("cannot write this")
+
+
+def test_texts_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    write_whole(tmp_path / "text", "\u65e5\u672c\n")
+    assert (tmp_path / "text").read_bytes() == b"\xe6\x97\xa5\xe6\x9c\xac\n"

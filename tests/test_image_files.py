@@ -339,3 +339,13 @@ def test_relative_paths_start_here_then_at_home(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     red().save(tmp_path / "photos" / "b.png")
     assert load_images("photos").ids == ("b.png",)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files")])
+def test_what_is_not_for_want_of_the_file_is_no_unreadable_image(hostile, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(type(error)):
+        decode(str(hostile / "good3.png"))

@@ -106,3 +106,16 @@ def test_as_a_process(photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "shape: [200, 64]" in done.stdout
     assert not done.stderr
+
+
+@pytest.mark.parametrize(("command", "advice"), [
+    ("embed", "stopped; the same command goes on"),
+    ("train", "stopped; the same command with --resume auto goes on"),
+])  # fmt: skip
+def test_ctrl_c_says_how_to_go_on(command, advice, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"temi.{command}", stop)
+    assert main([command, "digits"]) == 130
+    assert advice in capsys.readouterr().err

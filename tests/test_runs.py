@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -184,3 +185,59 @@ def test_list_of_runs(features, tmp_path):
     assert list_runs(tmp_path / "a").empty
     figure = compare_runs([load_run(tmp_path / name) for name in "ab"], ["a", "b"])
     assert [len(axis.lines) for axis in figure.axes] == [2, 2]
+
+
+def test_a_bf16_run_is_read_back_where_there_is_no_bf16(finished, monkeypatch):
+    run, run_dir = finished
+    settings = dataclasses.replace(run.config, precision="bf16")  # tried once, and kept
+    monkeypatch.setattr("temi.devices.runs_bf16", lambda kind: False)
+    content = checkpoints.load(run_dir / "checkpoints" / checkpoints.LATEST)
+    monkeypatch.setattr(
+        checkpoints, "newest",
+        lambda folder: (None, content | {"config": dataclasses.asdict(settings)}),
+    )  # fmt: skip
+    assert load_run(run_dir).config == run.config
+
+
+def test_a_run_that_is_not_whole_is_in_no_list(finished):
+    _, run_dir = finished
+    hidden = run_dir.with_name(f".{run_dir.name}.part")
+    shutil.copytree(run_dir, hidden)
+    assert list_runs(run_dir.parent).index.tolist() == [run_dir.name]
+    shutil.rmtree(hidden)
+
+
+def test_summary_of_what_is_no_finished_run(finished, tmp_path, monkeypatch):
+    _, run_dir = finished
+    monkeypatch.chdir(run_dir.parent)
+    assert summary(run_dir.name) == summary(run_dir).replace(f"{run_dir}", run_dir.name)
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ValueError, match=r"run_dir='.*': holds no finished run"):
+            summary(folder)
+
+
+def test_arrays_and_images_take_their_own_options(finished, features, images):
+    run, _ = finished
+    with pytest.raises(TypeError, match=r"predict\(\) takes split, device with images alone"):
+        run.predict(features, split="test", device="cpu")
+    with pytest.raises(ValueError, match="split='test': images that are loaded already take none"):
+        run.predict(images, split="test")
+    np.testing.assert_array_equal(run.predict(images, progress=False)["cluster"], run.labels)
+
+
+def test_the_best_by_accuracy_needs_labels_from_the_first_epoch(features, tmp_path):
+    place = dict(run_dir=tmp_path / "run", progress=False)
+    train(dataclasses.replace(features, labels=None, class_names=()),
+          dataclasses.replace(QUICK, num_clusters=10), **place)  # fmt: skip
+    longer = dataclasses.replace(QUICK, num_clusters=10, epochs=3)
+    with pytest.raises(ValueError, match="best_by='accuracy': the run began without labels"):
+        train(features, longer, resume="auto", best_by="accuracy", **place)
+
+
+def test_checkpoints_of_any_name_are_gone_on_from(finished, features, images):
+    _, run_dir = finished
+    mine = run_dir / "mine.pth"
+    shutil.copy(run_dir / "checkpoints" / checkpoints.LATEST, mine)
+    longer = dataclasses.replace(QUICK, epochs=3)
+    run = train(features, longer, images=images, run_dir=run_dir, resume=mine, progress=False)
+    assert len(run.history) == 3

@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import pickle
 import signal
 import threading
 
@@ -315,3 +316,13 @@ def test_an_ignored_signal_stays_ignored():
             assert signals.received is None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_divergence_travels_between_processes():
+    for error in (DivergenceError(3, 7, [0, 2], 0.1), DivergenceError(3, None, [1], 0.1)):
+        again = pickle.loads(pickle.dumps(error))
+        assert (str(again), again.entry, again.collapse) == (
+            str(error),
+            error.entry,
+            error.collapse,
+        )
