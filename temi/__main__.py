@@ -21,7 +21,9 @@ from pydantic_settings import (
 
 from temi import distributed
 from temi.config import RECIPES, TrainConfig
+from temi.data import holds_embeddings
 from temi.extraction import ExtractionConfig
+from temi.files import readable_path
 from temi.parameters import JobConfig
 
 if TYPE_CHECKING:
@@ -82,14 +84,19 @@ class Cluster(Summary, Training, create_model("Photos", **options(
     def work(self) -> dict:
         import temi
 
-        out = Path(self.out).expanduser().absolute()
-        job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
-        config = _settings(self, TrainConfig)
-        images = distributed.first_ahead(job.load)
-        if not isinstance(images, temi.ImageSet):
+        if holds_embeddings(self.folder):
             raise ValueError(
                 f"folder={self.folder!r}: holds embeddings; 'python -m temi train' takes those"
             )
+        out, folder = Path(self.out).expanduser().absolute(), readable_path(self.folder).resolve()
+        if folder.is_dir() and out.resolve().is_relative_to(folder):
+            raise ValueError(
+                f"out={self.out!r}: lies among the images, and would be taken for some of them; "
+                "give --out a folder elsewhere"
+            )
+        job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
+        config = _settings(self, TrainConfig)
+        images = distributed.first_ahead(job.load)
         features = None
         if config.num_clusters is None:  # the number of classes is nothing that images know
             features = job.embed(images, config)
@@ -141,10 +148,14 @@ class Predict(Summary):
 
     def work(self) -> dict:
         import temi
-        from temi.files import readable_path
 
         run = Path(self.run) / "run" if readable_path(Path(self.run) / "run").is_dir() else self.run
         out = Path(self.out).expanduser().absolute()
+        if (out / "run").is_dir():
+            raise ValueError(
+                f"out={self.out!r}: holds a run and the tables of its own images; give --out "
+                "another folder"
+            )
         table = temi.load_run(run).predict(
             self.folder, split=self.split, weights=self.weights, data_dir=self.data_dir,
             device=self.device,
@@ -269,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         resuming = " with --resume auto" if hasattr(command, "resume") else ""
+        resuming += " instead of --overwrite" if getattr(command, "overwrite", False) else ""
         distributed.say(f"stopped; the same command{resuming} goes on")
         return 130
     if distributed.is_first():

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 
@@ -29,6 +30,9 @@ def check_types(settings, *names: str) -> None:
         if names and name not in names:
             continue
         value = getattr(settings, name)
+        if isinstance(value, np.generic):  # what a computation with arrays gives
+            value = value.item()
+            object.__setattr__(settings, name, value)
         try:
             adapter.validate_python(value)
         except ValidationError:

@@ -228,6 +228,7 @@ class TrainConfig:
             that is None the root of a cluster's images, sqrt(N / K), as neighbours should be of one
             cluster; ``group_size``, lowered to what these neighbours allow; ``epochs``, where that
             is None as many as visit 40,000 images, but 4 to 20: the heads need some 300 steps.
+            ``batch_size``, where it is the recipe's, is at most all images;
             ``batch_size="auto"`` stays: the recipe's batch, or all images where they are fewer,
             halved until :func:`temi.train` has found that a step fits into the device's memory.
 
@@ -248,6 +249,9 @@ class TrainConfig:
                 "neighbours given are so many"
             )
         epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
+        batch = self.batch_size
+        if batch == RECIPES[self.recipe]["batch_size"]:  # which nobody may have asked for
+            batch = min(batch, num_images)
         neighbors = given_neighbors or self.num_neighbors
         if neighbors is None:
             neighbors = max(self.group_size - 1, round(math.sqrt(num_images / clusters)))
@@ -255,7 +259,7 @@ class TrainConfig:
         for name, value, largest in (
             ("num_clusters", clusters, num_images),
             ("num_neighbors", neighbors, num_images - 1),
-            ("batch_size", self.batch_size, num_images),
+            ("batch_size", batch, num_images),
         ):
             if value != "auto" and value > largest:
                 raise ValueError(
@@ -266,6 +270,7 @@ class TrainConfig:
             num_clusters=clusters,
             num_neighbors=neighbors,
             group_size=min(self.group_size, neighbors + 1),
+            batch_size=batch,
             epochs=epochs,
         )
 

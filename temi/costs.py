@@ -189,7 +189,7 @@ def estimate_costs(
     if config.batch_size == "auto":  # as many as the recipe has, unless memory is too small
         batch = min(RECIPES[config.recipe]["batch_size"], num_images)
         config = dataclasses.replace(config, batch_size=batch)
-    dim = sum(map(_dim, parts))
+    dim = sum(_dim(part, side or image_size) for part, side in sized)
     width = min(config.pca_dim or dim, dim)
     on_cpu = hardware == "cpu"
 
@@ -232,9 +232,9 @@ def _architecture(backbone: str) -> tuple[int, int]:
     return ARCHITECTURES[backbone.removeprefix("dinov2_vit")[0]]
 
 
-def _dim(backbone: str) -> int:
-    """Numbers in an embedding; of pixels, as of a photograph of 224 x 224 in colour."""
-    own = {"pixels": 3 * 224**2, "efficientnet_lite0": _LITE0_DIM}
+def _dim(backbone: str, side: int | None) -> int:
+    """Numbers in an embedding; of pixels those of a square in colour, of 224 x 224 if not told."""
+    own = {"pixels": 3 * (side or 224) ** 2, "efficientnet_lite0": _LITE0_DIM}
     return own[backbone] if backbone in own else _architecture(backbone)[0]
 
 

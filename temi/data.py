@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from temi.files import home, readable_path
+from temi.files import readable_path, writable_path
 from temi.image_files import ImageFiles, UnreadableImageError, list_images, readable_name
 
 __all__ = ["ImageFiles", "ImageSet", "UnreadableImageError", "check_dataset", "load_images"]
@@ -51,6 +51,11 @@ class ImageSet:
         Class of each image. Nothing that trains or chooses reads them: they only score.
     class_names : tuple of str
         Name of each class; empty without labels.
+
+    Raises
+    ------
+    ValueError
+        If there are more or fewer ids or labels than images.
     """
 
     name: str
@@ -58,6 +63,12 @@ class ImageSet:
     ids: tuple[str, ...]
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("ids", "labels"):
+            given = getattr(self, name)
+            if given is not None and len(given) != len(self.images):
+                raise ValueError(f"{name}: {len(given)} of {len(self.images)} images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -195,14 +206,14 @@ def load_images(
     split = split or SPLITS[name][0]
     full_name = name if split == SPLITS[name][0] else f"{name}-{split}"
     if name == "imagenet":
-        root = home() / data_dir / "imagenet" / split
+        root = writable_path(data_dir) / "imagenet" / split
         if not root.is_dir():
             raise ValueError(
                 f"dataset='imagenet': put it, or a link to it, at {root}/WNID/NAME.JPEG"
             )
         return dataclasses.replace(_folder(name, root, None, "folders"), name=full_name)
     parts = ("train", "test") if split == "both" else (split,)
-    loaded = [_from_torchvision(name, part, home() / data_dir) for part in parts]
+    loaded = [_from_torchvision(name, part, writable_path(data_dir)) for part in parts]
     images = np.concatenate([part[0] for part in loaded])
     classes = None if split == "unlabeled" else np.concatenate([part[1] for part in loaded])
     ids = tuple(

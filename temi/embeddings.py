@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,15 @@ from temi.blocks import Blocks, joined_sizes, kept
 from temi.data import ImageSet
 from temi.distributed import any_of, from_first, is_first, wait_for_all
 from temi.extraction import ExtractionConfig, extract, unreadable_error
-from temi.files import home, is_there, path_part, readable_path, sha256, write_json, write_whole
+from temi.files import (
+    is_there,
+    path_part,
+    readable_path,
+    sha256,
+    writable_path,
+    write_json,
+    write_whole,
+)
 
 ARRAY = "embeddings.npy"
 IDS = "ids.json"
@@ -284,7 +293,7 @@ def load_cached(manifest: dict, data_dir: str | Path = "data") -> Features:
 
 def _folder(data_dir: str | Path, dataset: str, backbone: str) -> Path:
     """Where the embeddings of a data set by one backbone are cached."""
-    return home() / data_dir / "embeddings" / path_part(dataset) / path_part(backbone)
+    return writable_path(data_dir) / "embeddings" / path_part(dataset) / path_part(backbone)
 
 
 def _fill(
@@ -458,12 +467,18 @@ def load_features(path: str | Path) -> Features:
     file = readable_path(path)
     if not file.is_file():
         raise ValueError(f"dataset={str(path)!r}: there is no such file")
-    loaded = np.load(file, mmap_mode="c")
-    x, y = loaded, None
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        if "X" not in loaded:
-            raise ValueError(f"dataset={str(path)!r}: an array X is needed, not {loaded.files}")
-        x, y = loaded["X"], loaded.get("y")
+    try:
+        if file.suffix.lower() == ".npz":
+            with file.open("rb") as content:
+                arrays = dict(np.load(content))
+        else:
+            arrays = {"X": np.load(file, mmap_mode="c")}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"dataset={str(path)!r}: no whole .npy or .npz file ({reason})") from error
+    if "X" not in arrays:
+        raise ValueError(f"dataset={str(path)!r}: an array X is needed, not {list(arrays)}")
+    x, y = arrays["X"], arrays.get("y")
     features = Features.from_array(x, dataset=str(path))
     if y is None:
         return features
@@ -479,10 +494,14 @@ def check_embeddings(x: np.ndarray) -> None:
 
     The message names the first row that is wrong.
     """
-    if not isinstance(x, np.ndarray) or x.ndim != 2:
-        shape = getattr(x, "shape", None)
+    if not isinstance(x, np.ndarray):
         raise ValueError(
-            f"embeddings of shape {shape}: an array of two dimensions [N, D] is needed"
+            f"embeddings of type {type(x).__name__}: a NumPy array [N, D] is needed, as "
+            "numpy.asarray makes of tables and tensors"
+        )
+    if x.ndim != 2:
+        raise ValueError(
+            f"embeddings of shape {x.shape}: an array of two dimensions [N, D] is needed"
         )
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"embeddings of dtype {x.dtype}: convert them with x.astype('float32')")

@@ -120,7 +120,7 @@ def write_assignments(table: pd.DataFrame, folder: str | Path) -> None:
     OSError
         If a file cannot be written: what stood there before is as it was.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "assignments.csv") as file:
         table.to_csv(file, index=False, encoding="utf-8", lineterminator="\n")
@@ -174,7 +174,7 @@ def sort_images(
         raise ValueError(f"how={how!r}: {images.name!r} holds no files to link to; give 'copy'")
     if names is not None:
         table = apply_names(table, names)
-    folder = Path(folder).absolute()
+    folder = Path(folder).expanduser().absolute()
     part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
     for place in (folder, part, old):
         _check_replaceable(place, folder)

@@ -27,8 +27,13 @@ def home() -> Path:
     package is used from a checkout; else the current folder.
     """
     if os.environ.get("TEMI_HOME"):
-        return Path(os.environ["TEMI_HOME"]).absolute()
+        return Path(os.environ["TEMI_HOME"]).expanduser().absolute()
     return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+
+
+def writable_path(path: str | Path) -> Path:
+    """Where a path given for writing leads, if it is not absolute: below :func:`home`."""
+    return home() / Path(path).expanduser()
 
 
 def readable_path(path: str | Path) -> Path:

@@ -88,7 +88,7 @@ def write_gallery(
     if names is not None:
         apply_names(table, names)  # refuses a cluster that there is not
         state = read_names(names)
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     sizes = table["cluster"].map(table["cluster"].value_counts())
     order = np.lexsort((-table["confidence"], table["cluster"], -sizes))
     table = table.iloc[order]

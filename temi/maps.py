@@ -25,7 +25,8 @@ def map_points(x: np.ndarray, *, max_images: int = 10_000, seed: int = 0) -> np.
     Returns
     -------
     ndarray [N, 2], float32
-        The first axis has deviation 1.
+        The first axis has deviation 1. All in one place where fewer than four images are drawn, or
+        no two of them differ.
 
     References
     ----------
@@ -35,10 +36,13 @@ def map_points(x: np.ndarray, *, max_images: int = 10_000, seed: int = 0) -> np.
     drawn = np.random.default_rng(seed).permutation(len(x))[:max_images]
     drawn.sort()
     few = x[drawn]
+    if len(few) < 4 or not np.ptp(few, axis=0).any():
+        return np.zeros((len(x), 2), dtype=np.float32)
     if min(few.shape) > 50:  # what its authors do first: faster, and less noise
         few = PCA(50, random_state=seed).fit_transform(few)
     perplexity = min(30, (len(few) - 1) / 3)
-    layout = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(few)
+    init = "pca" if few.shape[1] > 1 else "random"
+    layout = TSNE(init=init, perplexity=perplexity, random_state=seed).fit_transform(few)
     points = layout
     if len(drawn) < len(x):
         near = NearestNeighbors(n_neighbors=3).fit(x[drawn])

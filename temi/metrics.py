@@ -56,7 +56,7 @@ def matched_counts(
         (leaves of an average-linkage tree, cosine distance between the rows of counts); else they
         keep their numbers' order.
     """
-    counts = pd.crosstab(classes, labels)
+    counts = pd.crosstab(np.asarray(classes), np.asarray(labels))  # a Series brings an index
     if by_similarity and len(counts) > 2:
         tree = linkage(counts, "average", metric="cosine", optimal_ordering=True)
         counts = counts.iloc[leaves_list(tree)]

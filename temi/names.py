@@ -137,5 +137,6 @@ def names_in(table: pd.DataFrame) -> dict[int, str]:
     if "name" not in table:
         return {}
     first = table.drop_duplicates("cluster")
-    pairs = zip(first["cluster"].tolist(), first["name"].tolist(), strict=True)
+    first = first[first["name"].notna()]  # read from a file they may be numbers, or missing
+    pairs = zip(first["cluster"].tolist(), map(str, first["name"].tolist()), strict=True)
     return {cluster: name for cluster, name in pairs if name != str(cluster)}

@@ -21,7 +21,7 @@ from temi import checkpoints
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.embeddings import Features
-from temi.files import RESULTS, SETTINGS, home, path_part, readable_path
+from temi.files import RESULTS, SETTINGS, home, path_part, readable_path, writable_path
 from temi.parameters import JobConfig
 from temi.results import run_settings
 
@@ -82,7 +82,7 @@ def plan_run(
     size = f"-{job.image_size}px" * (job.image_size is not None)
     run_dir = default_run_dir(dataset, backbone + size, config)
     if job.run_dir is not None:
-        run_dir = home() / job.run_dir
+        run_dir = writable_path(job.run_dir)
     config = config.resolve(len(data), data.num_classes)
     find_place(run_dir, run_settings(dataset, backbone, config), job)
     return config, run_dir
@@ -136,7 +136,7 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
         if options.resume == "auto":
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
-    run_dir = Path(run_dir).resolve()
+    run_dir = Path(run_dir).expanduser().resolve()
     settle(run_dir)
     standing = _stage(run_dir)
     folder = part_of(run_dir) if standing == "finished" else run_dir

@@ -185,7 +185,13 @@ class Run:
         """Rows of embeddings [N, D] as the heads see them: normalised, projected [N, D or P]."""
         dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
         how, mean, axes = self.config.normalize, self.mean, self.axes
-        return torch.from_numpy(normalize(as_array(features), how, mean, axes, dtype=dtype))
+        x = as_array(features)
+        if x.shape[1] != len(mean):
+            raise ValueError(
+                f"embeddings of {x.shape[1]} numbers: the run was trained on {len(mean)} an image, "
+                "of one backbone and size"
+            )
+        return torch.from_numpy(normalize(x, how, mean, axes, dtype=dtype))
 
 
 def load_run(path: str | Path) -> Run:

@@ -96,6 +96,8 @@ def suggest_num_clusters(
         candidates = [clusters for clusters in CANDIDATES if 10 * clusters <= half]
         if not candidates:
             raise ValueError(f"{len(x)} images are too few to choose by; give num_clusters")
+    if not len(candidates):
+        raise ValueError("candidates: none; give one or more, or None")
     for clusters in candidates:
         if not 2 <= clusters <= half:
             raise ValueError(f"candidates: {clusters}; 2 to {half} is allowed with {len(x)} images")

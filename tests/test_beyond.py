@@ -32,6 +32,19 @@ def test_balanced_assignments_use_all_clusters_alike(batch, monkeypatch):
     assert (after - 0.2).abs().max() < 0.01
 
 
+def test_without_weights_every_pair_counts_alike(batch):
+    student, teacher, _ = batch
+    found, updated = beyond.unweighted(*batch, **SETTINGS)
+    torch.testing.assert_close(updated, losses.temi_loss(*batch, **SETTINGS)[1])
+    p, q = (student / 0.1).softmax(dim=-1), (teacher / 0.2).softmax(dim=-1)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for row in range(60):
+        for partner in ((row + 20) % 60, (row + 40) % 60):
+            ratio = (p[:, row] * q[:, partner]) ** 0.6 / updated
+            expected -= ratio.sum(dim=-1).log() / 120
+    torch.testing.assert_close(found, expected)
+
+
 def test_cross_entropy_is_that_of_the_pairs(batch):
     student, teacher, _ = batch
     plain, _ = losses.temi_loss(*batch, **SETTINGS)

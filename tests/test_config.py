@@ -1,5 +1,6 @@
 import dataclasses
 
+import numpy as np
 import pytest
 
 from temi.config import RECIPES, RunOptions, TrainConfig
@@ -114,3 +115,17 @@ def test_changes_name_what_differs_from_the_recipe():
     config = TrainConfig(num_clusters=7, recipe="paper", beta=0.7, seed=2, device="cpu")
     assert config.changes() == {"num_clusters": 7, "beta": 0.7, "seed": 2}
     assert dataclasses.replace(config, num_clusters=None, beta=0.6, seed=0).changes() == {}
+
+
+def test_the_batch_of_the_recipe_is_cut_to_few_images():
+    assert TrainConfig(num_clusters=3).resolve(20).batch_size == 20
+    assert TrainConfig(num_clusters=3, batch_size="auto").resolve(20).batch_size == "auto"
+    assert TrainConfig(num_clusters=3).resolve(2000).batch_size == 128
+
+
+def test_numbers_from_arrays_are_numbers():
+    config = TrainConfig(num_clusters=np.int64(5), beta=np.float32(0.5), group_size=np.int32(3))
+    assert config == TrainConfig(num_clusters=5, beta=0.5, group_size=3)
+    assert {type(config.num_clusters), type(config.beta)} == {int, float}
+    with pytest.raises(ValueError, match=r"num_clusters=5\.0: a whole number or None from 2"):
+        TrainConfig(num_clusters=np.float64(5))

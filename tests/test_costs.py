@@ -236,3 +236,9 @@ def test_a_batch_that_memory_decides_is_reckoned_as_the_recipes():
     asked = temi.TrainConfig(num_clusters=100, batch_size="auto")
     found = temi.estimate_costs(10**6, config=asked)
     pd.testing.assert_frame_equal(found, temi.estimate_costs(10**6))
+
+
+def test_pixels_are_as_many_as_the_image_has():
+    disks = [temi.estimate_costs(10**6, *what).loc["embed", "disk (GB)"]
+             for what in (("pixels",), ("pixels@8",))]  # fmt: skip
+    assert disks == pytest.approx([(3 * side**2 * 2 + 30) / 1e3 for side in (224, 8)])

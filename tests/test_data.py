@@ -188,3 +188,11 @@ def test_imagenet_lies_where_it_is_said(tmp_path):
         Image.new("RGB", (4, 4)).save(tmp_path / "imagenet" / "val" / wnid / "a.JPEG")
     images = load_images("imagenet", split="val", data_dir=tmp_path)
     assert (images.name, len(images), images.num_classes) == ("imagenet-val", 2, 2)
+
+
+def test_each_image_has_one_id_and_one_label():
+    images = load_images("digits")
+    with pytest.raises(ValueError, match="ids: 3 of 1797 images"):
+        dataclasses.replace(images, ids=("a", "b", "c"))
+    with pytest.raises(ValueError, match="labels: 5 of 1797 images"):
+        dataclasses.replace(images, labels=images.labels[:5])

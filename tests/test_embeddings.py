@@ -3,7 +3,9 @@ import json
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from temi.backbones import load_backbone
@@ -157,7 +159,7 @@ def rows(**changes) -> np.ndarray:
         (np.diag([1.0, 0, 1]), "row 1 holds only zeros"),
         (np.ones(4), r"shape \(4,\): an array of two dimensions"),
         (np.ones((2, 2, 2)), r"shape \(2, 2, 2\)"),
-        ([[1.0]], "shape None"),
+        ([[1.0]], "type list"),
         (rows(dtype=np.int64), "dtype int64"),
         (np.array([["a"]]), "dtype <U1"),
         (rows(dtype=np.complex64), "dtype complex64"),
@@ -215,3 +217,22 @@ def test_spaces_are_joined_by_image(tmp_path):
 def test_a_missing_file_of_embeddings_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"dataset='.*gone\.npy': there is no such file"):
         load_features(tmp_path / "gone.npy")
+
+
+@pytest.mark.parametrize("name", ["empty.npy", "text.npy", "cut.npy", "cut.npz"])
+def test_files_that_hold_no_whole_array_are_one_line(name, tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    np.save(tmp_path / "cut.npy", x)
+    np.savez(tmp_path / "cut.npz", X=x)
+    (tmp_path / "empty.npy").touch()
+    (tmp_path / "text.npy").write_text("no array")
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: max(len(content) // 2, 4)])
+    with pytest.raises(ValueError, match=rf"dataset='.*{name}': no whole \.npy or \.npz file"):
+        load_features(tmp_path / name)
+
+
+def test_tables_and_tensors_are_told_what_to_become():
+    for x in (pd.DataFrame(np.ones((3, 2))), torch.ones(3, 2), [[1.0, 2.0]]):
+        with pytest.raises(ValueError, match=rf"type {type(x).__name__}: a NumPy array .*asarray"):
+            check_embeddings(x)

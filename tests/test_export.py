@@ -457,3 +457,12 @@ def test_a_table_of_another_kind_is_refused_in_one_line(photos, run, tmp_path):
     with pytest.raises(ValueError, match="table: has no path, second_choice, confidence, distance"):
         temi.write_gallery(tmp_path / "page.html", other, images)
     assert not list(tmp_path.glob("*.html"))
+
+
+def test_names_that_are_numbers_survive_a_file(photos, tmp_path):
+    images, table = photos
+    names = {"format": "temi-names-1", "names": {str(table["cluster"].iloc[0]): "1990"}}
+    temi.write_assignments(temi.apply_names(table, names), tmp_path)
+    again = pd.read_csv(tmp_path / "assignments.csv")
+    temi.sort_images(again, images, tmp_path / "sorted")
+    assert any(path.name.endswith("-1990") for path in (tmp_path / "sorted").iterdir())

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from temi.files import home, path_part, sha256, whole_file, write_json, write_whole
+from temi.files import home, path_part, sha256, whole_file, writable_path, write_json, write_whole
 
 
 def test_plain_names_stay():
@@ -60,3 +60,12 @@ def test_texts_are_utf8_whatever_the_locale(tmp_path, monkeypatch):
     monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
     write_whole(tmp_path / "text", "\u65e5\u672c\n")
     assert (tmp_path / "text").read_bytes() == b"\xe6\x97\xa5\xe6\x9c\xac\n"
+
+
+def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
+    assert writable_path("~/runs") == tmp_path / "runs"
+    monkeypatch.setenv("TEMI_HOME", "~/temi")
+    assert writable_path("runs") == tmp_path / "temi" / "runs"
+    assert writable_path(tmp_path / "x") == tmp_path / "x"

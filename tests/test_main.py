@@ -119,3 +119,17 @@ def test_ctrl_c_says_how_to_go_on(command, advice, monkeypatch, capsys):
     monkeypatch.setattr(f"temi.{command}", stop)
     assert main([command, "digits"]) == 130
     assert advice in capsys.readouterr().err
+
+
+def test_folders_that_would_mix_with_others_are_refused(photos, tmp_path, capsys):
+    assert main(["cluster", str(photos), "--out", str(photos / "out"), *QUICK]) == 1
+    assert "lies among the images, and would be taken for some of them" in capsys.readouterr().err
+    (tmp_path / "grouped" / "run").mkdir(parents=True)
+    assert main(["predict", "anything", str(photos), "--out", str(tmp_path / "grouped")]) == 1
+    assert "holds a run and the tables of its own images" in capsys.readouterr().err
+
+
+def test_embeddings_are_sent_to_train(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.ones((4, 3)))
+    assert main(["cluster", str(tmp_path / "x.npy")]) == 1
+    assert "holds embeddings; 'python -m temi train' takes those" in capsys.readouterr().err

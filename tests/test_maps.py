@@ -1,6 +1,7 @@
 """Places on a plane: similar images are close, and many images cost no more than the drawn ones."""
 
 import numpy as np
+import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 import temi
@@ -32,3 +33,13 @@ def test_the_same_seed_gives_the_same_map():
 
 def test_a_handful_of_images_has_a_map():
     assert temi.map_points(np.eye(5, dtype=np.float32)).shape == (5, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 5), (30, 8)])
+def test_what_cannot_be_told_apart_is_in_one_place(shape):
+    points = temi.map_points(np.ones(shape, dtype=np.float32))
+    np.testing.assert_array_equal(points, np.zeros((shape[0], 2)))
+
+
+def test_a_map_of_one_dimension():
+    assert np.isfinite(temi.map_points(np.arange(30, dtype=np.float32)[:, None])).all()

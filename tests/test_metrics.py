@@ -1,6 +1,7 @@
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn import metrics as sklearn_metrics
 
@@ -205,3 +206,10 @@ def test_neighbor_information_at_its_ends():
     assert neighbor_information(sure, same) == pytest.approx(np.log(5))
     assert neighbor_information(np.zeros(20, int), same) == 0
     assert neighbor_information(np.full((20, 5), 0.2), same) == pytest.approx(0, abs=1e-12)
+
+
+def test_counts_are_by_place_whatever_the_index():
+    classes = np.repeat(range(4), 50)
+    shuffled = pd.Series(classes, index=np.random.default_rng(0).permutation(200))
+    counts = matched_counts(shuffled, pd.Series(classes)).to_numpy()
+    np.testing.assert_array_equal(counts, 50 * np.eye(4))

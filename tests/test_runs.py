@@ -241,3 +241,9 @@ def test_checkpoints_of_any_name_are_gone_on_from(finished, features, images):
     longer = dataclasses.replace(QUICK, epochs=3)
     run = train(features, longer, images=images, run_dir=run_dir, resume=mine, progress=False)
     assert len(run.history) == 3
+
+
+def test_embeddings_of_other_length_are_refused(finished, features):
+    run, _ = finished
+    with pytest.raises(ValueError, match="of 5 numbers: the run was trained on 64 an image"):
+        run.predict(features.x[:, :5])

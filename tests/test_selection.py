@@ -48,3 +48,8 @@ def test_what_does_not_fit_is_refused():
         temi.suggest_num_clusters(x, [1, 2])
     with pytest.raises(ValueError, match="12 images are too few to choose by; give num_clusters"):
         temi.suggest_num_clusters(x[:12])
+
+
+def test_no_candidates_are_refused():
+    with pytest.raises(ValueError, match="candidates: none; give one or more, or None"):
+        temi.suggest_num_clusters(np.random.default_rng(0).normal(size=(80, 3)), [])

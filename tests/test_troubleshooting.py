@@ -49,7 +49,7 @@ def an_image_that_does_not_fit(*_):
 
 
 def a_full_disk(folder, _):
-    with whole_file(folder / "table.csv", text_mode=True):
+    with whole_file(folder / "table.csv"):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -168,7 +168,7 @@ def no_number_of_clusters(*_):
 
 
 def a_batch_larger_than_the_data(*_):
-    TrainConfig(num_clusters=4, batch_size=128).resolve(60)
+    TrainConfig(num_clusters=4, batch_size=256).resolve(60)
 
 
 def no_such_device(*_):
