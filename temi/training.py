@@ -68,8 +68,8 @@ def train(
     images : ImageSet, optional
         For the pictures of the clusters in the record.
     run_dir : path, optional
-        Where the run is kept: settings, scores, clusters, checkpoints, logs; nothing is written
-        when None.
+        Where the run is kept: settings, scores, clusters, checkpoints, logs. A relative one starts
+        at the current folder; nothing is written when None.
     progress : bool
         Show a progress bar. Trouble is said in any case.
     **options
