@@ -69,7 +69,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         If it cannot be written (a full disk, say): what stood at ``path`` is as it was.
     """
     try:
-        with atomic_save(path, overwrite_part=True) as file:
+        with atomic_save(os.fspath(path), overwrite_part=True) as file:  # boltons 24 takes text
             yield file
     except (OSError, RuntimeError) as error:
         # torch.save says RuntimeError over the OSError of a full disk
