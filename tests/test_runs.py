@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from temi import checkpoints
 from temi.config import TrainConfig
@@ -247,3 +248,19 @@ def test_embeddings_of_other_length_are_refused(finished, features):
     run, _ = finished
     with pytest.raises(ValueError, match="of 5 numbers: the run was trained on 64 an image"):
         run.predict(features.x[:, :5])
+
+
+def test_soft_consensus_is_the_mean_of_aligned_probabilities(finished, features):
+    """Against each head's own softmax, its columns put into the common numbers one by one."""
+    run, _ = finished
+    with torch.inference_mode():
+        probs = (run.teacher(run.inputs(features)) / run.config.teacher_temp).softmax(dim=-1)
+    aligned = np.empty(probs.shape, dtype=np.float64)
+    for head in range(len(probs)):
+        for own in range(probs.shape[-1]):
+            aligned[head, :, run.alignment[head, own]] = probs[head, :, own]
+    for weights in (None, np.array([3.0, 1.0])):
+        mean = np.average(aligned, axis=0, weights=weights)
+        labels, confidence = run.soft_consensus(features, weights)
+        np.testing.assert_array_equal(labels, mean.argmax(axis=1))
+        np.testing.assert_allclose(confidence, mean.max(axis=1), rtol=1e-5)
