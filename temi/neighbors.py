@@ -200,8 +200,9 @@ def check_neighbors(neighbors: np.ndarray, count: int, chunk_size: int = 2**16) 
         In one line, if shape or dtype are others, or a row names itself or one that there is not.
     """
     if not isinstance(neighbors, np.ndarray) or neighbors.dtype not in (np.int32, np.int64):
-        kind = f"{type(neighbors).__name__} of {getattr(neighbors, 'dtype', 'no dtype')}"
-        raise ValueError(f"neighbors: {kind}; a NumPy array of int32 or int64 is allowed")
+        is_array = isinstance(neighbors, np.ndarray)
+        kind = neighbors.dtype if is_array else type(neighbors).__name__
+        raise ValueError(f"neighbors of {kind}: a NumPy array of int32 or int64 is allowed")
     if neighbors.ndim != 2 or len(neighbors) != count or not 1 <= neighbors.shape[1] < count:
         raise ValueError(
             f"neighbors of shape {neighbors.shape}: [{count}, k] is allowed, k from 1 to "

@@ -234,8 +234,9 @@ def changed(row: int, column: int, value: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("near", "message"),
     [
-        (NEAR.tolist(), "neighbors of list: an array of int32 or int64 is allowed"),
-        (NEAR.astype(float), "neighbors of float64: an array of int32 or int64 is allowed"),
+        (NEAR.tolist(), "neighbors of list: a NumPy array of int32 or int64 is allowed"),
+        (torch.from_numpy(NEAR), "neighbors of Tensor: a NumPy array of int32 or int64 is allowed"),
+        (NEAR.astype(float), "neighbors of float64: a NumPy array of int32 or int64 is allowed"),
         (NEAR[:9], "neighbors of shape (9, 5): [240, k] is allowed, k from 1 to 239, since there "
                    "are 240 embeddings"),
         (NEAR[:, 0], "neighbors of shape (240,): [240, k] is allowed, k from 1 to 239, since "
