@@ -6,6 +6,7 @@ and Ward's hierarchical clustering, on the same embeddings, centred and scaled t
 the number of clusters, which is that of the classes. Classes score and do nothing else. One row a
 run in results/graph_clustering.csv, written as they come; rows that are there are skipped.
 
+    export OMP_NUM_THREADS=1
     python benchmarks/graph_clustering.py --images cifar10-jpeg=PATH-TO-CIFAR10-JPEG/test
     python benchmarks/graph_clustering.py --images tiny100=PATH-TO-TINY-IMAGENET-100 --seeds 1
 
