@@ -83,6 +83,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
 
     def work(self) -> dict:
         import temi
+        from temi.export import check_replaceable
 
         if holds_embeddings(self.folder):
             raise ValueError(
@@ -94,6 +95,8 @@ class Cluster(Summary, Training, create_model("Photos", **options(
                 f"out={self.out!r}: lies among the images, and would be taken for some of them; "
                 "give --out a folder elsewhere"
             )
+        if self.sort:
+            check_replaceable(out / "sorted")
         job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
         config = _settings(self, TrainConfig)
         images = distributed.first_ahead(job.load)

@@ -175,9 +175,8 @@ def sort_images(
     if names is not None:
         table = apply_names(table, names)
     folder = Path(folder).expanduser().absolute()
-    part, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-    for place in (folder, part, old):
-        _check_replaceable(place, folder)
+    check_replaceable(folder)
+    part, old = _beside(folder)
     if files is not None:
         _check_apart(folder, Path(files.root))
     rows, clusters = images.rows(table["path"]), table["cluster"].tolist()
@@ -211,16 +210,22 @@ def sort_images(
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _check_replaceable(place: Path, folder: Path) -> None:
-    """A ValueError unless nothing is at ``place`` but what an earlier call left there."""
-    is_folder = place.is_dir() and not place.is_symlink()
-    if os.path.lexists(place) and not is_folder:
-        raise ValueError(f"folder={str(folder)!r}: {place} is no folder; give another one")
-    if is_folder and not (place / MARKER).exists() and any(place.iterdir()):
-        raise ValueError(
-            f"folder={str(folder)!r}: {place} holds files that sort_images did not write; "
-            "give a new or empty one"
-        )
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where a new content grows, and where the old one goes until that is there."""
+    return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise a ValueError if :func:`sort_images` would lose what stands at ``folder``."""
+    for place in (folder, *_beside(folder)):
+        is_folder = place.is_dir() and not place.is_symlink()
+        if os.path.lexists(place) and not is_folder:
+            raise ValueError(f"folder={str(folder)!r}: {place} is no folder; give another one")
+        if is_folder and not (place / MARKER).exists() and any(place.iterdir()):
+            raise ValueError(
+                f"folder={str(folder)!r}: {place} holds files that sort_images did not write; "
+                "give a new or empty one"
+            )
 
 
 def _check_apart(folder: Path, root: Path) -> None:

@@ -124,6 +124,12 @@ def test_ctrl_c_says_how_to_go_on(command, advice, monkeypatch, capsys):
 def test_folders_that_would_mix_with_others_are_refused(photos, tmp_path, capsys):
     assert main(["cluster", str(photos), "--out", str(photos / "out"), *QUICK]) == 1
     assert "lies among the images, and would be taken for some of them" in capsys.readouterr().err
+    (tmp_path / "mine" / "sorted").mkdir(parents=True)
+    (tmp_path / "mine" / "sorted" / "notes.txt").touch()
+    sort = ["--out", str(tmp_path / "mine"), "--sort", "copy"]
+    assert main(["cluster", str(photos), *sort, *QUICK]) == 1
+    assert "holds files that sort_images did not write" in capsys.readouterr().err
+    assert not (tmp_path / "mine" / "run").exists()  # before any work
     (tmp_path / "grouped" / "run").mkdir(parents=True)
     assert main(["predict", "anything", str(photos), "--out", str(tmp_path / "grouped")]) == 1
     assert "holds a run and the tables of its own images" in capsys.readouterr().err
