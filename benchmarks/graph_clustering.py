@@ -15,7 +15,6 @@ each class, as EfficientNet-Lite0 (trained with ImageNet's labels) sees it at 11
 clustering draws nothing at random, and has one row; its memory grows with the square of the images.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.cluster import AgglomerativeClustering, KMeans, SpectralClustering
+from sklearn.cluster import AgglomerativeClustering, SpectralClustering
 
 import temi
-from benchmarks.ablations import alike, named, pair
+from benchmarks.ablations import alike
+from benchmarks.comparison import load, parser
 from temi.embeddings import Features, mean_embedding, normalize, principal_axes
 from temi.files import write_whole
 
@@ -36,13 +36,16 @@ RUN = ["dataset", "method", "seed"]  # names a run
 SCORES = ["acc", "nmi", "ari"]
 
 
-def methods(clusters: int, seed: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """From rows [N, D] to clusters [N], by name."""
+def methods(features: Features, x: np.ndarray, seed: int) -> dict[str, Callable[[], np.ndarray]]:
+    """What gives clusters [N] of the prepared rows ``x`` [N, D], by name; TEMI prepares its own."""
+    clusters = features.num_classes
     graph = {"affinity": "nearest_neighbors", "random_state": seed}
+    config = temi.TrainConfig(num_clusters=clusters, seed=seed)
     return {
-        "k-means": KMeans(clusters, n_init=10, random_state=seed).fit_predict,
-        "Ward": AgglomerativeClustering(clusters).fit_predict,
-        "spectral": SpectralClustering(clusters, **graph).fit_predict,
+        "k-means": lambda: temi.kmeans(x, clusters, "none", seed),
+        "Ward": lambda: AgglomerativeClustering(clusters).fit_predict(x),
+        "spectral": lambda: SpectralClustering(clusters, **graph).fit_predict(x),
+        "TEMI": lambda: temi.train(features, config, progress=False).labels,
     }
 
 
@@ -51,41 +54,30 @@ def read() -> pd.DataFrame:
     return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=RUN)
 
 
-def measure(features: Features, seed: int) -> None:
-    """The rows of a data set and seed that are not there yet."""
+def measure(features: Features, seeds: int) -> None:
+    """The rows of a data set that are not there yet."""
     mean = mean_embedding(features.x, "center-l2")
     x = normalize(features.x, "center-l2", mean, principal_axes(features.x, mean, DIMENSIONS))
-    ways = methods(features.num_classes, seed)
-    config = temi.TrainConfig(num_clusters=features.num_classes, seed=seed)
-    ways["TEMI"] = lambda _: temi.train(features, config, progress=False).labels
-    for name, cluster in ways.items():
-        row = {"dataset": features.dataset, "method": name, "seed": seed}
-        if alike(read(), row, RUN).any() or (name == "Ward" and seed):
-            continue
-        clock = time.perf_counter()
-        labels = cluster(x)
-        row["seconds"] = round(time.perf_counter() - clock, 1)
-        found = temi.evaluate(labels, features.labels)
-        row |= {score: round(found[score], 4) for score in SCORES}
-        row |= {"images": len(features), "threads": torch.get_num_threads()}
-        print(row, flush=True)
-        table = pd.DataFrame([*read().to_dict("records"), row])
-        write_whole(FILE, table.to_csv(index=False))
+    for seed in range(seeds):
+        for name, cluster in methods(features, x, seed).items():
+            row = {"dataset": features.dataset, "method": name, "seed": seed}
+            if alike(read(), row, RUN).any() or (name == "Ward" and seed):
+                continue
+            clock = time.perf_counter()
+            labels = cluster()
+            row["seconds"] = round(time.perf_counter() - clock, 1)
+            found = temi.evaluate(labels, features.labels)
+            row |= {score: round(found[score], 4) for score in SCORES}
+            row |= {"images": len(features), "threads": torch.get_num_threads()}
+            print(row, flush=True)
+            table = pd.DataFrame([*read().to_dict("records"), row])
+            write_whole(FILE, table.to_csv(index=False))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--images", type=pair, action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    sets = [temi.embed(temi.load_images("digits"))]
-    for name, folder in options.images:
-        images = temi.load_images(folder, labels="folders")
-        features = temi.embed(images, "efficientnet_lite0", image_size=112)
-        sets.append(named(features, name, "efficientnet_lite0"))
-    for features in sets:
-        for seed in range(options.seeds):
-            measure(features, seed)
+    options = parser(__doc__).parse_args()
+    for features in (temi.embed(temi.load_images("digits")), *load(options)):
+        measure(features, options.seeds)
 
 
 if __name__ == "__main__":

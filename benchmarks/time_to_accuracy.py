@@ -151,7 +151,7 @@ def summary(results: dict) -> dict:
         "passing_ratio": passing and round(last["seconds"] / passing, 1),
         "fast_whole_seconds": round(whole, 2),
         "whole_ratio": round(last["seconds"] / whole, 1),
-        "fast_vote_acc": f"{np.mean(votes):.4f} +- {np.std(votes):.4f}",
+        "fast_vote_acc": f"{np.mean(votes):.4f} +- {np.std(votes, ddof=1):.4f}",
         "fast_vote_nmi": round(float(np.mean([r["trace"][-1]["vote_nmi"] for r in fast])), 4),
         "above_plain": round(float(np.mean(votes)) - last["head_acc"], 4),
         "above_kmeans": round(float(np.mean(votes)) - max(

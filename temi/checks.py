@@ -12,6 +12,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 def check_types(settings, *names: str) -> None:
     """Hold the fields of a dataclass against their annotations, types strictly.
 
+    What NumPy computed becomes Python's own number first, in place.
+
     Strictly means that 100.0 is no whole number and "false" no truth value: papermill hands over
     whatever it was given.
 

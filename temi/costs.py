@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from temi.backbones import DINOV2, named_size, spaces
-from temi.config import RECIPES, TrainConfig
+from temi.config import TrainConfig
 
 
 class Hardware(NamedTuple):
@@ -185,10 +185,10 @@ def estimate_costs(
     if hardware not in HARDWARE:
         known = ", ".join(map(repr, HARDWARE))
         raise ValueError(f"hardware={hardware!r}: one of {known} is allowed")
-    config = (config or TrainConfig(num_clusters=100)).resolve(num_images)
-    if config.batch_size == "auto":  # as many as the recipe has, unless memory is too small
-        batch = min(RECIPES[config.recipe]["batch_size"], num_images)
-        config = dataclasses.replace(config, batch_size=batch)
+    config = config or TrainConfig(num_clusters=100)
+    if config.batch_size == "auto":  # the recipe's, unless memory is too small
+        config = dataclasses.replace(config, batch_size=None)
+    config = config.resolve(num_images)
     dim = sum(_dim(part, side or image_size) for part, side in sized)
     width = min(config.pca_dim or dim, dim)
     on_cpu = hardware == "cpu"

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections import ChainMap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -425,8 +426,7 @@ def _join(parts: list[Features], backbone: str) -> Features:
     """
     manifests = [part.manifest for part in parts]
     manifest: dict[str, Any] = {"dataset": parts[0].dataset, "backbone": backbone}
-    manifest["unreadable"] = {name: reason for each in reversed(manifests)
-                              for name, reason in each["unreadable"].items()}  # fmt: skip
+    manifest["unreadable"] = dict(ChainMap(*(each["unreadable"] for each in manifests)))
     manifest["spaces"] = manifests
     parts = [_without(part, manifest["unreadable"]) for part in parts]
     joined = np.hstack([normalize(part.x, "l2") for part in parts]) / len(parts) ** 0.5

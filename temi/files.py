@@ -39,7 +39,7 @@ def writable_path(path: str | Path) -> Path:
 def readable_path(path: str | Path) -> Path:
     """Where a path given for reading leads: from the current folder, else below :func:`home`."""
     path = Path(path).expanduser()
-    return path.absolute() if path.exists() else home() / path
+    return path.absolute() if path.exists() else writable_path(path)
 
 
 def results_file(name: str) -> Path:

@@ -79,7 +79,7 @@ def predict_images(
         if split is not None:
             raise ValueError(f"split={split!r}: images that are loaded already take none")
     else:
-        images = load_images(str(images), split=split, data_dir=data_dir)
+        images = load_images(images, split=split, data_dir=data_dir)
     size = spaces[0].get("image_size")
     weights = weights or spaces[0].get("weights_file")
     for space in spaces:

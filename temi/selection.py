@@ -111,11 +111,9 @@ def suggest_num_clusters(
     ):
         silhouettes, agreements = [], []
         for repeat, order in enumerate(splits):
-            said = []
+            said, state = [], (seed + repeat) % 2**32  # the largest that NumPy takes is one less
             for part in (order[:half], order[half:]):
-                model = KMeans(clusters, n_init=1, random_state=(seed + repeat) % 2**32).fit(
-                    x[part]
-                )
+                model = KMeans(clusters, n_init=1, random_state=state).fit(x[part])
                 said.append(model.predict(x))
             silhouettes += [silhouette(x, labels, seed=seed) for labels in said]
             agreements.append(adjusted_mutual_info_score(*said))

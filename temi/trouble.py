@@ -55,7 +55,7 @@ class DivergenceError(FloatingPointError):
             "learning_rate (on_divergence='retry' does that), more warmup_epochs, clip_grad=1.0"
         )
 
-    def __reduce__(self):  # between processes an exception travels by its message alone
+    def __reduce__(self):  # by default the message alone goes to __init__
         names = ("epoch", "step", "heads", "learning_rate")
         return type(self), tuple(self.entry[name] for name in names)
 
