@@ -23,7 +23,7 @@ lowest-loss head; ``stability``, the mean ARI between the seeds of one setting, 
 kept in data/ablations.
 
 A row counts as there while its resolved settings, its embeddings (``fingerprint``) and the code
-(``code``) are the same. The latter is a hash of :data:`CODE`, without comments and docstrings: the
+(``code``) are the same. The latter is a hash of :data:`CODE`, without words and mere checks: the
 mathematics of labels and scores, not what hands rows and neighbours to it, nor ``temi.config``, as
 its outcome is in ``settings``. Code that was rearranged, and computes the same, need not cost
 hours: ``--verify 3`` trains three rows of other code again, out of those that were trained on this
@@ -118,7 +118,11 @@ def label(row: dict) -> str:
 
 
 def code_version(parts: tuple) -> str:
-    """Hash of modules and functions without their docstrings, comments and empty lines."""
+    """Hash of modules and functions without docstrings, comments, empty lines and mere checks.
+
+    Those are an ``if`` that only raises and a call of ``check_...`` on its own: they decide whether
+    there is a row, not what stands in it.
+    """
     digest = hashlib.sha256()
     for part in parts:
         source = textwrap.dedent(inspect.getsource(part))
@@ -126,12 +130,24 @@ def code_version(parts: tuple) -> str:
         for node in ast.walk(ast.parse(source)):
             documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             if documented and ast.get_docstring(node) is not None:
-                for number in range(node.body[0].lineno - 1, node.body[0].end_lineno):
-                    lines[number] = ""
+                node = node.body[0]
+            elif not is_check(node):
+                continue
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
         kept = [line.split("  # ")[0].rstrip() for line in lines]
         kept = [line for line in kept if line and not line.lstrip().startswith("#")]
         digest.update("\n".join(kept).encode())
     return digest.hexdigest()[:12]
+
+
+def is_check(node: ast.AST) -> bool:
+    """Whether a statement can do nothing but raise."""
+    match node:
+        case ast.If(body=[ast.Raise()], orelse=[]):
+            return True
+        case ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))):
+            return name.startswith("check_")
+    return False
 
 
 def changes(features: Features, paper: bool) -> list[tuple[str, object, dict]]:

@@ -1,4 +1,4 @@
-"""Claim: a training step runs at 80% or more of the machine's matrix-product peak.
+"""What share of the machine's matrix-product peak a training step reaches.
 
 The peak is the better median of products of 2048 and of 4096 squared, in the same precision, with
 the same threads, in the same process. The operations of a step (both networks forward, the student

@@ -21,6 +21,11 @@ def kmeans(x: np.ndarray, num_clusters: int, how: str = "center-l2", seed: int =
     -------
     ndarray [N], int32
         Cluster of each row.
+
+    Raises
+    ------
+    ValueError
+        If there is no such ``how``, or scikit-learn refuses the number of clusters or the rows.
     """
     from sklearn.cluster import KMeans
 

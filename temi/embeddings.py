@@ -37,6 +37,7 @@ IDS = "ids.json"
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable.csv"
 CHUNK = 8192  # rows looked at together
+LARGEST = 1e15  # number in an embedding: a row's squares add up in float32, which ends at 3e38
 
 
 class RowNumbers(Sequence[str]):
@@ -507,14 +508,35 @@ def check_embeddings(x: np.ndarray) -> None:
         raise ValueError(f"embeddings of dtype {x.dtype}: convert them with x.astype('float32')")
     for start in range(0, len(x), CHUNK):  # rows on disk need not fit in memory
         rows = x[start : start + CHUNK]
+        size = np.abs(rows).max(axis=1, initial=0).astype(np.float64)
         for wrong, what, remedy in (
-            (np.isnan(rows).any(axis=1), "NaN", "remove the row or recompute it"),
-            (np.isinf(rows).any(axis=1), "infinity", "remove the row or recompute it"),
-            (~rows.any(axis=1), "only zeros, which have no direction", "remove the row"),
+            (np.isnan(size), "NaN", "remove the row or recompute it"),
+            (np.isinf(size), "infinity", "remove the row or recompute it"),
+            (size == 0, "only zeros, which have no direction", "remove the row"),
+            (size > LARGEST, f"numbers beyond {LARGEST:.0e}", "scale all rows down"),
+            (size < 1 / LARGEST, f"no number above {1 / LARGEST:.0e}", "scale all rows up"),
         ):
             if wrong.any():
                 row = start + int(wrong.argmax())
                 raise ValueError(f"embeddings: row {row} holds {what}; {remedy}")
+
+
+def check_images(images: ImageSet | None, features: Features) -> None:
+    """Raise a ValueError unless each row of ``features`` has its image, in the same order.
+
+    By their ids; rows that have numbers alone by place. None is no image to check.
+    """
+    if images is None or tuple(features.ids) == images.ids:
+        return
+    if isinstance(features.ids, RowNumbers):
+        if len(images) == len(features):
+            return
+        raise ValueError(
+            f"images: {len(images)} of them for {len(features)} embeddings; one each is needed"
+        )
+    rows = images.rows(features.ids)
+    if rows != sorted(rows):
+        raise ValueError("images: their order is not that of the embeddings' ids")
 
 
 def checksum(x: np.ndarray) -> str:
@@ -592,7 +614,14 @@ def normalize(
     Returns
     -------
     ndarray [N, D] or [N, P]
+
+    Raises
+    ------
+    ValueError
+        If there is no such ``how``.
     """
+    if how not in ("none", "l2", "center-l2"):
+        raise ValueError(f"how={how!r}: one of 'none', 'l2', 'center-l2' is allowed")
     if mean is None:
         mean = mean_embedding(x, how)
     prepared = np.empty((len(x), x.shape[1] if axes is None else axes.shape[1]), dtype=dtype)

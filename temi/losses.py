@@ -99,7 +99,14 @@ def temi_loss(
         Their mean over heads is what training minimises.
     marginal : Tensor [H, K]
         The marginals after this batch, updated *before* the loss was computed from them.
+
+    Raises
+    ------
+    ValueError
+        If there is no such ``loss``.
     """
+    if loss not in ("temi", "wmi", "pmi", "scan"):
+        raise ValueError(f"loss={loss!r}: one of 'temi', 'wmi', 'pmi', 'scan' is allowed")
     student_logits = student_logits.to(marginal.dtype)  # products may come in half precision
     teacher_logits = teacher_logits.to(marginal.dtype)
     if loss == "pmi":

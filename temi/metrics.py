@@ -263,8 +263,10 @@ def evaluate(labels: np.ndarray, classes: np.ndarray) -> dict[str, float]:
     Raises
     ------
     ValueError
-        If the two differ in length or are empty.
+        If the two differ in length or are empty, or there are no classes.
     """
+    if classes is None:
+        raise ValueError("classes=None: without classes there is nothing to score against")
     labels, classes = np.asarray(labels), np.asarray(classes)
     if labels.ndim != 1 or labels.shape != classes.shape or not len(labels):
         raise ValueError(

@@ -56,9 +56,8 @@ def training_curves(history: Sequence[dict], num_clusters: int) -> Figure:
     entropies = [entry["marginal_entropy"] for entry in history]
     right.plot(epochs, entropies, color=COLORS["ensemble"], label="mean over heads")
     right.axhline(np.log(num_clusters), ls="--", lw=1, color="0.3", label="all clusters equal")
-    right.set(
-        title="Clusters stay in use", xlabel="epoch", ylabel="marginal entropy (nats)", ylim=0
-    )
+    right.set(title="Clusters stay in use", xlabel="epoch", ylabel="marginal entropy (nats)")
+    right.set_ylim(0, 1.1 * np.log(num_clusters))
     right.legend(loc="lower right")
     for axis in (left, right):
         axis.xaxis.get_major_locator().set_params(integer=True)

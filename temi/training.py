@@ -18,7 +18,14 @@ from temi import distributed
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.devices import is_out_of_memory, resolve_device
-from temi.embeddings import Features, check_embeddings, checksum, mean_embedding, principal_axes
+from temi.embeddings import (
+    Features,
+    check_embeddings,
+    check_images,
+    checksum,
+    mean_embedding,
+    principal_axes,
+)
 from temi.neighbors import check_neighbors, mutual_neighbors, search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
@@ -83,11 +90,11 @@ def train(
     Raises
     ------
     ValueError
-        Before any work, if the embeddings are not finite rows [N, D], if clusters, neighbours or
-        batch do not fit their number, if several processes cannot share the batch equally, if
-        ``run_dir`` holds something that would be lost, or if
-        ``resume`` names no whole checkpoint of the same data and settings. More epochs are no
-        other setting, where the schedule is constant.
+        Before any work, if the embeddings are not finite rows [N, D] with a direction, if images,
+        clusters, neighbours or batch do not fit their number, if several processes cannot share the
+        batch equally, if ``run_dir`` holds something that would be lost, or if ``resume`` names no
+        whole checkpoint of the same data and settings. More epochs are no other setting, where the
+        schedule is constant.
     temi.trouble.DivergenceError
         A FloatingPointError: a loss or gradient is not finite, or clusters have collapsed, and
         ``on_divergence`` is "stop" or five retries did not help.
@@ -103,6 +110,7 @@ def train(
     if not isinstance(features, Features):
         features = Features.from_array(features)
     check_embeddings(features.x)
+    check_images(images, features)
     if options.best_by == "accuracy" and features.labels is None:
         raise ValueError("best_by='accuracy': these embeddings have no labels; 'loss' is allowed")
     given = None if neighbors is None else check_neighbors(neighbors, len(features))

@@ -203,19 +203,27 @@ def test_a_collapse_is_a_row(run, monkeypatch):
 
 def test_code_version_sees_code_and_no_words(tmp_path, monkeypatch):
     source = 'def f(x):\n    """Words."""\n    # more\n    return x + 1  # and more\n'
+    check = (
+        "    if x < 0:\n        raise ValueError(\n            x\n        )\n    a.check_it(x)\n"
+    )
+    branch = "    if x < 0:\n        raise ValueError\n    else:\n        x = 0\n"
     versions = {}
     for name, text in {
         "as it is": source,
         "other words": source.replace("ore", "any").replace("Words", "Two\n\n    lines"),
+        "checked": source.replace("    # more\n", check),
         "other code": source.replace("+ 1", "+ 2"),
+        "a branch": source.replace("    # more\n", branch),
+        "a call": source.replace("    # more\n", "    x = check_it(x)\n"),
     }.items():
         (tmp_path / f"code_{len(versions)}.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
         module = __import__(f"code_{len(versions)}")
         versions[name] = ablations.code_version((module.f,)), ablations.code_version((module,))
-    assert versions["as it is"] == versions["other words"]
-    assert versions["as it is"][0] != versions["other code"][0]
-    assert versions["as it is"][1] != versions["other code"][1]
+    assert versions["as it is"] == versions["other words"] == versions["checked"]
+    for name in ("other code", "a branch", "a call"):
+        assert versions["as it is"][0] != versions[name][0]
+        assert versions["as it is"][1] != versions[name][1]
 
 
 def test_no_row_of_that_name(run):

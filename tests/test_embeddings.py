@@ -157,6 +157,8 @@ def rows(**changes) -> np.ndarray:
         (rows(row3=np.nan, row4=np.nan), "row 3 holds NaN"),
         (rows(row2=-np.inf), "row 2 holds infinity"),
         (np.diag([1.0, 0, 1]), "row 1 holds only zeros"),
+        (rows(row3=1e16), r"row 3 holds numbers beyond 1e\+15; scale all rows down"),
+        (np.diag([1.0, 1e-16, 1]), "row 1 holds no number above 1e-15; scale all rows up"),
         (np.ones(4), r"shape \(4,\): an array of two dimensions"),
         (np.ones((2, 2, 2)), r"shape \(2, 2, 2\)"),
         ([[1.0]], "type list"),
@@ -168,6 +170,14 @@ def rows(**changes) -> np.ndarray:
 def test_bad_embeddings_are_named(x, message):
     with pytest.raises(ValueError, match=message):
         check_embeddings(x)
+
+
+@pytest.mark.parametrize("size", [1e15, 1e-15])
+def test_embeddings_as_large_and_as_small_as_allowed_keep_their_direction(size):
+    x = np.random.default_rng(0).normal(size=(100, 768))
+    scaled = x / np.abs(x).max() * size if size > 1 else x / np.abs(x).max(axis=1).min() * size
+    check_embeddings(scaled)
+    np.testing.assert_allclose(normalize(scaled, "center-l2"), normalize(x, "center-l2"), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -236,3 +246,8 @@ def test_tables_and_tensors_are_told_what_to_become():
     for x in (pd.DataFrame(np.ones((3, 2))), torch.ones(3, 2), [[1.0, 2.0]]):
         with pytest.raises(ValueError, match=rf"type {type(x).__name__}: a NumPy array .*asarray"):
             check_embeddings(x)
+
+
+def test_no_such_preparation():
+    with pytest.raises(ValueError, match="how='l1': one of 'none', 'l2', 'center-l2' is allowed"):
+        normalize(np.ones((2, 3)), "l1")

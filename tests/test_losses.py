@@ -107,3 +107,8 @@ def test_cold_softmax_stays_finite():
         losses.mean().backward()
         assert torch.isfinite(losses).all()
         assert torch.isfinite(student.grad).all()
+
+
+def test_no_such_loss():
+    with pytest.raises(ValueError, match="loss='teme': one of 'temi', 'wmi', 'pmi', 'scan'"):
+        temi_loss(logits(0), logits(1), uniform(), loss="teme")

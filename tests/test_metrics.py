@@ -101,6 +101,11 @@ def test_bad_labels(labels):
         evaluate(labels, [] if not labels else [0, 1, 2])
 
 
+def test_nothing_to_score_against():
+    with pytest.raises(ValueError, match="classes=None"):
+        evaluate([0, 1], None)
+
+
 def test_statistics():
     statistics = cluster_statistics(np.array([0, 0, 1, 1]), 4)
     assert statistics["sizes"] == [2, 2, 0, 0]

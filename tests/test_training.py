@@ -6,8 +6,9 @@ import torch
 from sklearn.datasets import make_blobs
 
 from temi.config import TrainConfig
+from temi.data import load_images
 from temi.devices import runs_bf16
-from temi.embeddings import Features
+from temi.embeddings import Features, embed
 from temi.metrics import cluster_accuracy
 from temi.neighbors import mutual_neighbors, search_neighbors
 from temi.steps import draw_pairs, learning_rate_at, teacher_temp_at
@@ -109,6 +110,16 @@ def test_bad_data_stops_before_any_work(tmp_path):
         train(x, SMALL, run_dir=tmp_path / "run")
     with pytest.raises(ValueError, match="batch_size=40: at most 30"):
         train(BLOBS[:30], SMALL, run_dir=tmp_path / "run")
+    images = load_images("digits")
+    features = embed(images, "pixels", data_dir=tmp_path)
+    some = images.keep(images.ids[:1000])
+    with pytest.raises(ValueError, match="'digits/1000' is no image of 'digits'"):
+        train(features, SMALL, run_dir=tmp_path / "run", images=some)
+    turned = dataclasses.replace(features, ids=features.ids[::-1])
+    with pytest.raises(ValueError, match="order is not that of the embeddings' ids"):
+        train(turned, SMALL, run_dir=tmp_path / "run", images=images)
+    with pytest.raises(ValueError, match="1000 of them for 1797 embeddings"):
+        train(features.x, SMALL, run_dir=tmp_path / "run", images=some)
     assert not (tmp_path / "run").exists()
 
 
