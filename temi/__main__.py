@@ -48,6 +48,8 @@ def options(cls: type, *names: str, without: tuple[str, ...] = (), **defaults) -
             text = info.description
         if name in RECIPES["fast"] and cls is TrainConfig:
             kind, text = kind | None, f"{text}; None: {RECIPES['fast'][name]} with the recipe fast"
+        if Path in get_args(kind):  # text names a path on the command line
+            kind = str | None
         default = defaults.get(name, getattr(cls, name))
         found[name] = (kind, Field(default, description=text))
     return found
@@ -75,6 +77,10 @@ class Cluster(Summary, Training, create_model("Photos", **options(
     """Group the images of a folder: embed, train, and write a table, a gallery and the run."""
 
     folder: CliPositionalArg[str] = Field(description="folder of images, or name of a data set")
+    num_clusters: int | None = Field(
+        None,
+        description="clusters K; None: the images suggest a number; sensible: 2 to some thousand",
+    )
     out: str = Field("clusters", description="folder for all that is written")
     sort: Literal["copy", "hardlink", "symlink"] | None = Field(
         None, description="also a folder for each cluster, with copies of the images or links"
@@ -233,15 +239,16 @@ class App(BaseSettings):
 
     model_config = SettingsConfigDict(
         cli_prog_name="python -m temi",
+        cli_parse_none_str="None",
         cli_kebab_case=True,
         cli_hide_none_type=True,
         cli_implicit_flags=True,
         cli_enforce_required=True,
     )
-    cluster: CliSubCommand[Cluster]
-    predict: CliSubCommand[Predict]
-    train: CliSubCommand[Train]
-    embed: CliSubCommand[Embed]
+    cluster: CliSubCommand[Cluster] = Field(description="group the images of a folder")
+    predict: CliSubCommand[Predict] = Field(description="sort new images into those groups")
+    train: CliSubCommand[Train] = Field(description="train on images or embeddings, keep the run")
+    embed: CliSubCommand[Embed] = Field(description="compute and keep embeddings, no more")
 
 
 def _settings(given: BaseModel, cls: type, **more):

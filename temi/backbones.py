@@ -132,7 +132,7 @@ def load_backbone(
         Apache License 2.0). They were trained WITH the labels of ImageNet. Shorter side to 224
         pixels, bilinear, then the central square: nothing of a square image is lost. (Its authors
         evaluate at 256, bicubic, cropped to 224, which costs small images their margin.) For
-        images of about 32 x 32, ``image_size=112`` is four times faster and good enough.
+        images of about 32 x 32, ``image_size=112`` is three times faster and good enough.
 
         ``"timm:NAME"``: any model of timm, pooled features before its classifier, with the
         preprocessing that its configuration states: DINOv3

@@ -27,6 +27,7 @@ SPLITS: dict[str, tuple[str, ...]] = {  # the first is taken where none is asked
     "imagenet": ("train", "val"),
 }
 """Data sets and their splits. Clusters are learned on ``train``, as in the TEMI paper."""
+ARRAYS = tuple(name for name in SPLITS if name != "imagenet")  # labelled images of one size
 
 _BROKEN = (  # what a failed download and a broken file raise
     OSError, RuntimeError, ValueError, AssertionError, EOFError, tarfile.TarError, HTTPException,

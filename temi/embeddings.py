@@ -185,6 +185,7 @@ def embed(
     MemoryError
         If embedding a single image does not fit into the device's memory.
     """
+    _check_image_set(images)
     config = ExtractionConfig(dtype, batch_size, num_workers, device, precision, on_error, progress)
     parts = []
     asked = {"image_size": image_size, "weights_file": weights and str(readable_path(weights))}
@@ -241,12 +242,21 @@ def embed_shard(
     ValueError
         As :func:`embed` does; or ``shard`` is none.
     """
+    _check_image_set(images)
     config = ExtractionConfig(shard=shard, **options)
     missing = 0
     for extractor in _extractors(backbone, weights, image_size):
         folder = _folder(data_dir, images.name, extractor.name)
         missing = max(missing, _fill(images, extractor, folder, config, force_recompute))
     return missing
+
+
+def _check_image_set(images: object) -> None:
+    if not isinstance(images, ImageSet):
+        raise ValueError(
+            f"images of type {type(images).__name__}: an ImageSet is needed, as temi.load_images "
+            "makes of a name or a folder"
+        )
 
 
 def _extractors(
@@ -526,7 +536,10 @@ def check_images(images: ImageSet | None, features: Features) -> None:
 
     By their ids; rows that have numbers alone by place. None is no image to check.
     """
-    if images is None or tuple(features.ids) == images.ids:
+    if images is None:
+        return
+    _check_image_set(images)
+    if tuple(features.ids) == images.ids:
         return
     if isinstance(features.ids, RowNumbers):
         if len(images) == len(features):

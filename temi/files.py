@@ -28,7 +28,8 @@ def home() -> Path:
     """
     if os.environ.get("TEMI_HOME"):
         return Path(os.environ["TEMI_HOME"]).expanduser().absolute()
-    return CHECKOUT if (CHECKOUT / "pyproject.toml").exists() else Path.cwd()
+    checked_out = (CHECKOUT / "pyproject.toml").exists() and (CHECKOUT / "notebooks").is_dir()
+    return CHECKOUT if checked_out else Path.cwd()  # site-packages may hold a pyproject.toml
 
 
 def writable_path(path: str | Path) -> Path:

@@ -59,6 +59,8 @@ def nearest_neighbors(
     group can hold one, as each of these k holds something larger. Groups of sqrt(N / k) columns
     make the two choices together the smallest.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x of type {type(x).__name__}: torch.from_numpy(x) is needed")
     count = len(x)
     if not 1 <= k < count:
         raise ValueError(f"num_neighbors={k}: 1 to {count - 1} is allowed with {count} rows")
@@ -117,7 +119,11 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
     ModuleNotFoundError
         If faiss is not installed.
     """
-    import faiss
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        remedy = "approximate neighbours need faiss; run pip install faiss-cpu"
+        raise ModuleNotFoundError(remedy, name="faiss") from error
 
     count = len(x)
     if not 1 <= k < count:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from temi.backbones import check_backbone
 from temi.config import RunOptions, TrainConfig
-from temi.data import ImageSet, check_dataset, holds_embeddings, load_images
+from temi.data import ARRAYS, ImageSet, check_dataset, holds_embeddings, load_images
 from temi.embeddings import Features, embed, load_features
 
 
@@ -105,7 +105,7 @@ class JobConfig(RunOptions):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(RunOptions)}
 
 
-def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
+def read_parameters(namespace: dict, *, folders: bool = True) -> tuple[JobConfig, TrainConfig]:
     """The parameters of the notebook that calls this, checked.
 
     papermill writes whatever it is given into a cell of its own, after the notebook's parameters
@@ -117,6 +117,9 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
     ----------
     namespace : dict
         ``globals()`` of the notebook.
+    folders : bool
+        Whether it takes folders of images and files of embeddings. Else, as it looks at images of
+        one size and at labels, only data sets that are arrays.
 
     Returns
     -------
@@ -141,10 +144,17 @@ def read_parameters(namespace: dict) -> tuple[JobConfig, TrainConfig]:
                 f"{name}={namespace[name]!r}: there is no such parameter here{hint}; "
                 f"allowed are {', '.join(known)}"
             )
-    return tuple(  # type: ignore[return-value]
-        cls(**{f.name: namespace[f.name] for f in dataclasses.fields(cls) if f.name in known})
+    given = [
+        {f.name: namespace[f.name] for f in dataclasses.fields(cls) if f.name in known}
         for cls in (JobConfig, TrainConfig)
-    )
+    ]
+    job, config = JobConfig(**given[0]), TrainConfig(**given[1])
+    if not folders and job.dataset not in ARRAYS:
+        raise ValueError(
+            f"dataset={job.dataset!r}: one of {', '.join(map(repr, ARRAYS))} is allowed in this "
+            "chapter; 05 and 08 take folders of images, too"
+        )
+    return job, config
 
 
 def is_default(job: JobConfig, config: TrainConfig) -> bool:

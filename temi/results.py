@@ -13,6 +13,7 @@ import torch
 from temi import distributed
 from temi.baselines import kmeans
 from temi.config import TrainConfig
+from temi.data import holds_embeddings
 from temi.embeddings import Features
 from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
 from temi.runs import Run
@@ -127,9 +128,20 @@ def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:
     return {"dataset": dataset, "backbone": backbone, **asdict(config)}
 
 
-def _command(run: Run, features: Features) -> str:
-    job = {"dataset": features.dataset, "backbone": features.backbone}
+def _command(run: Run, features: Features) -> str | None:
+    """What repeats the run; None where its embeddings are an array that no file is known of."""
+    job = {"dataset": features.dataset}
+    if not holds_embeddings(features.dataset):
+        if features.backbone == "own":
+            return None
+        job["backbone"] = features.backbone
     job = features.manifest.get("job", job) | {"recipe": run.config.recipe} | run.config.changes()
     job |= {"on_divergence": "retry"} if run.retries else {}
-    options = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in job.items())
-    return f"papermill notebooks/05_train.ipynb out.ipynb {options}"
+    words = ["python", "-m", "temi", "train", job.pop("dataset")]
+    for name, value in job.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", str(value)]
+    return shlex.join(words)

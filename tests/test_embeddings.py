@@ -248,6 +248,12 @@ def test_tables_and_tensors_are_told_what_to_become():
             check_embeddings(x)
 
 
+def test_images_of_another_type(tmp_path):
+    for images, kind in (("digits", "str"), (np.ones((2, 8, 8)), "ndarray")):
+        with pytest.raises(ValueError, match=f"images of type {kind}: an ImageSet is needed"):
+            embed(images, data_dir=tmp_path)
+
+
 def test_no_such_preparation():
     with pytest.raises(ValueError, match="how='l1': one of 'none', 'l2', 'center-l2' is allowed"):
         normalize(np.ones((2, 3)), "l1")

@@ -1,8 +1,10 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+from temi import files
 from temi.files import home, path_part, sha256, whole_file, writable_path, write_json, write_whole
 
 
@@ -48,6 +50,9 @@ def test_home_is_where_the_variable_says(monkeypatch, tmp_path):
     assert home() == tmp_path
     monkeypatch.delenv("TEMI_HOME")
     assert (home() / "pyproject.toml").exists()
+    (tmp_path / "pyproject.toml").touch()  # as some package leaves beside the installed ones
+    monkeypatch.setattr(files, "CHECKOUT", tmp_path)
+    assert home() == Path.cwd()
 
 
 def test_an_error_without_a_number_keeps_its_words(tmp_path):

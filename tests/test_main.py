@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,14 @@ def test_help_names_every_setting_with_its_meaning(capsys):
         assert f"--{field.name.replace('_', '-')}" in text
     assert "exponent of the pair term" in text
     assert "None: 0.6 with the recipe fast" in text
+    assert "clusters K; None: the images suggest a number" in text
+    assert "null" not in text
+    assert "Path}" not in text
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("cluster", "predict", "train", "embed"):
+        assert re.search(rf"{command}  +\w+", text)
 
 
 def test_cluster_then_predict(photos, tmp_path, capsys):

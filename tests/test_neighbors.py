@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,14 @@ def test_many_rows_are_searched_approximately_where_faiss_is_there(blobs, monkey
     assert (search_neighbors(blobs, 3)[0] == reverse).all()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert (search_neighbors(blobs, 3)[0] == exact).all()
+
+
+def test_without_faiss_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ModuleNotFoundError, match="run pip install faiss-cpu"):
+        approximate_neighbors(torch.eye(10), 2)
+
+
+def test_rows_are_a_tensor():
+    with pytest.raises(ValueError, match=r"x of type ndarray: torch\.from_numpy"):
+        nearest_neighbors(np.eye(10), 2)

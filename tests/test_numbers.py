@@ -158,7 +158,7 @@ def readme_rows(results: Path) -> dict[str, list[str]]:
                             "CIFAR-10 (JPEG) | the same": "cifar10-jpeg"}.items():  # fmt: skip
         cut = others.get_group((dataset, "spectral"))
         rows[f"| {begins} | spectral clustering |"] = [
-            f"{cut[score].mean():.3f}" for score in ("acc", "nmi")
+            spread(cut[score]) for score in ("acc", "nmi")
         ]
     added = pd.read_csv(results / "beyond.csv")
     added = added[added["dataset"] == "cifar10-jpeg"].groupby("variant")

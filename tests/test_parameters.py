@@ -42,6 +42,14 @@ def test_a_runner_that_keeps_no_record_of_cells():
     assert (job.dataset, config.beta, config.normalize) == ("fashion-mnist", 0.7, "center-l2")
 
 
+def test_a_chapter_that_takes_no_folders_says_so_before_any_work(tmp_path):
+    notebook_of = notebook(f"# Parameters\ndataset = {str(tmp_path)!r}\n")
+    assert read_parameters(notebook_of)[0].dataset == str(tmp_path)
+    with pytest.raises(ValueError, match=r"one of 'digits', .* 'stl10' is allowed in this chapter"):
+        read_parameters(notebook_of, folders=False)
+    assert read_parameters(notebook(), folders=False)[0].dataset == "digits"
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import shlex
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic_settings import CliApp, get_subcommand
 
 from temi import checkpoints
+from temi.__main__ import App
 from temi.config import TrainConfig
 from temi.data import load_images
 from temi.embeddings import embed
@@ -18,7 +21,7 @@ from temi.rundirs import default_run_dir, plan_run
 from temi.runs import list_runs, load_run, summary
 from temi.training import train
 
-QUICK = TrainConfig(num_heads=2, epochs=2, num_neighbors=5)
+QUICK = TrainConfig(num_heads=2, epochs=2, num_neighbors=5, mutual_neighbors=True)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,18 @@ def features(images):
 def finished(images, features, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "digits-pixels"
     return train(features, QUICK, images=images, run_dir=run_dir, progress=False), run_dir
+
+
+def test_the_command_in_the_record_has_the_settings_of_the_run(finished):
+    run, run_dir = finished
+    recorded = json.loads((run_dir / "final_results.json").read_text())["provenance"]["command"]
+    *program, name = shlex.split(recorded)[:4]
+    assert (program, name) == (["python", "-m", "temi"], "train")
+    command = get_subcommand(CliApp.run(App, cli_args=shlex.split(recorded)[3:]))
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    given = TrainConfig(**{name: getattr(command, name) for name in names})
+    assert given.resolve(1797, 10) == run.config
+    assert (command.dataset, command.backbone) == ("digits", "pixels")
 
 
 def test_files(finished):
@@ -62,7 +77,8 @@ def test_results(finished, images):
     assert len(results["history"]) == 2
     assert results["history"][-1]["ensemble_acc"] == pytest.approx(results["metrics"]["acc"])
     assert results["config"]["num_clusters"] == 10
-    assert "-p num_heads 2" in results["provenance"]["command"]
+    assert "train digits --backbone pixels" in results["provenance"]["command"]
+    assert "--num-heads 2" in results["provenance"]["command"]
     assert results["finished"]
     losses = [min(entry["head_losses"]) for entry in results["history"]]
     best = {"chosen_by": "loss", "labels_used": False, "epoch": 2, "value": min(losses)}
