@@ -23,7 +23,7 @@ from temi import distributed
 from temi.config import RECIPES, TrainConfig
 from temi.data import holds_embeddings
 from temi.extraction import ExtractionConfig
-from temi.files import readable_path
+from temi.files import SETTINGS, check_writable, read_json, readable_path
 from temi.parameters import JobConfig
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
                 f"out={self.out!r}: lies among the images, and would be taken for some of them; "
                 "give --out a folder elsewhere"
             )
+        distributed.from_first(partial(check_writable, "out", out))
         if self.sort:
             check_replaceable(out / "sorted")
         job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
@@ -108,6 +109,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         images = distributed.first_ahead(job.load)
         features = None
         if config.num_clusters is None:  # the number of classes is nothing that images know
+            dataclasses.replace(config, num_clusters=2).resolve(len(images))  # the other settings
             features = job.embed(images, config)
             suggest = partial(temi.suggest_num_clusters, features, seed=config.seed)
             number = distributed.from_first(suggest).num_clusters
@@ -160,11 +162,12 @@ class Predict(Summary):
 
         run = Path(self.run) / "run" if readable_path(Path(self.run) / "run").is_dir() else self.run
         out = Path(self.out).expanduser().absolute()
-        if (out / "run").is_dir():
+        if (out / "run").is_dir() or (out / SETTINGS).exists():
             raise ValueError(
                 f"out={self.out!r}: holds a run and the tables of its own images; give --out "
                 "another folder"
             )
+        check_writable("out", out)
         table = temi.load_run(run).predict(
             self.folder, split=self.split, weights=self.weights, data_dir=self.data_dir,
             device=self.device,
@@ -194,7 +197,7 @@ class Train(Summary, Training, Source):
         images = data if isinstance(data, temi.ImageSet) else None
         features = job.embed(data, config)
         temi.train(features, config, images=images, run_dir=run_dir, **job.options)
-        results = json.loads((run_dir / "final_results.json").read_text())
+        results = read_json(run_dir / "final_results.json")
         return {
             "metrics": results["metrics"],
             "kmeans": results["kmeans"],

@@ -113,13 +113,18 @@ class Blocks:
         written twice, they are the same.
         """
         if parts:
-            self._file(block, "rows").touch()
-            with open(self._file(block, "rows"), "r+b") as file:
-                for place, x in parts:
-                    file.seek(place * x.shape[1] * x.itemsize)
-                    file.write(x.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+            path = self._file(block, "rows")
+            try:
+                path.touch()
+                with open(path, "r+b") as file:
+                    for place, x in parts:
+                        file.seek(place * x.shape[1] * x.itemsize)
+                        file.write(x.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                kept = "what was embedded before is kept, and the same command goes on"
+                raise OSError(error.errno, f"{error.strerror}; {kept}", str(path)) from error
         write_json(self._file(block, "json"), log)
 
     def remove(self, block: int) -> None:

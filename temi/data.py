@@ -56,7 +56,8 @@ class ImageSet:
     Raises
     ------
     ValueError
-        If there are more or fewer ids or labels than images.
+        If there are no images, more or fewer ids or labels than images, ids twice, or images of
+        another shape or dtype.
     """
 
     name: str
@@ -70,6 +71,19 @@ class ImageSet:
             given = getattr(self, name)
             if given is not None and len(given) != len(self.images):
                 raise ValueError(f"{name}: {len(given)} of {len(self.images)} images")
+        if not len(self.images):
+            raise ValueError(f"images: {self.name!r} has none")
+        if len(set(self.ids)) < len(self.ids):
+            raise ValueError("ids: each is allowed once")
+        if isinstance(self.images, ImageFiles):
+            return
+        kind = getattr(self.images, "dtype", type(self.images).__name__)
+        shape = getattr(self.images, "shape", ())
+        if kind != np.uint8 or len(shape) not in (3, 4) or shape[3:] not in ((), (3,)):
+            raise ValueError(
+                f"images: {kind} of shape {shape}; uint8 [N, height, width] or [N, height, width, "
+                "3] is needed"
+            )
 
     def __len__(self) -> int:
         return len(self.images)

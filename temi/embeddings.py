@@ -25,6 +25,7 @@ from temi.extraction import ExtractionConfig, extract, unreadable_error
 from temi.files import (
     is_there,
     path_part,
+    read_json,
     readable_path,
     sha256,
     writable_path,
@@ -299,7 +300,9 @@ def load_cached(manifest: dict, data_dir: str | Path = "data") -> Features:
             f"data_dir={str(data_dir)!r}: the embeddings of {manifest['dataset']!r} are not in "
             f"{folder}, or are others by now"
         )
-    ids = tuple(json.loads((folder / IDS).read_text()))
+    if not (folder / IDS).exists():
+        raise ValueError(f"data_dir={str(data_dir)!r}: {folder / IDS} is missing")
+    ids = tuple(read_json(folder / IDS))
     return Features(np.load(folder / ARRAY, mmap_mode="c"), ids, manifest)
 
 
@@ -394,7 +397,7 @@ def _join_blocks(images: ImageSet, folder: Path, blocks: Blocks, logs: list[dict
 
 def _read(images: ImageSet, folder: Path, config: ExtractionConfig) -> Features:
     """What the cache in ``folder`` holds, after what could not be read has been said."""
-    manifest = from_first(lambda: json.loads((folder / MANIFEST).read_text()))
+    manifest = from_first(lambda: read_json(folder / MANIFEST))
     unreadable = manifest["unreadable"]
     if unreadable:
         name, reason = next(iter(unreadable.items()))
@@ -405,7 +408,7 @@ def _read(images: ImageSet, folder: Path, config: ExtractionConfig) -> Features:
         if is_first():
             warnings.warn(message, stacklevel=3)
         images = images.keep([name for name in images.ids if name not in unreadable])
-    if not is_there(lambda: json.loads((folder / MANIFEST).read_text()) == manifest):
+    if not is_there(lambda: read_json(folder / MANIFEST) == manifest):
         raise OSError(f"{folder}: others than these embeddings were put there meanwhile")
     x = np.load(folder / ARRAY, mmap_mode="c")  # "c": may be written to, which stays in memory
     return Features(x, images.ids, manifest, images.labels, images.class_names)
@@ -415,9 +418,12 @@ def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:
     """What makes a cache unusable, in words; empty where nothing does, or there is no cache."""
     if not (folder / MANIFEST).exists():
         return ""
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest, ids = read_json(folder / MANIFEST), read_json(folder / IDS)
+    except (FileNotFoundError, ValueError) as error:
+        return f"a file of it is missing or damaged ({error})"
     if manifest.get("dataset_fingerprint") != wanted["dataset_fingerprint"]:
-        before = {*json.loads((folder / IDS).read_text()), *manifest["unreadable"]}
+        before = {*ids, *manifest["unreadable"]}
         new, gone = sorted({*images.ids} - before), sorted(before - {*images.ids})
         listed = [f"{len(ids)} images are {what} ({ids[0]} …)" for what, ids in
                   (("new", new), ("gone", gone)) if ids]  # fmt: skip

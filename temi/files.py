@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,6 +94,40 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all; NaN and infinity, which JSON has not, are an error."""
     write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged; names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, no whole JSON file ({error}); remove it") from error
+
+
+def check_writable(name: str, folder: str | Path) -> Path:
+    """A folder in which files can be written, made where it is not there yet.
+
+    Raises
+    ------
+    ValueError
+        If none can; one line that begins with ``name`` and the folder.
+    """
+    path = Path(folder).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}={str(folder)!r}: nothing can be written there ({error.strerror}); give another"
+        ) from error
+    return path
 
 
 def is_there(look: Callable[[], bool], seconds: float = 90.0) -> bool:

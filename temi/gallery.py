@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ def write_gallery(
     Raises
     ------
     ValueError
-        In one line: an argument that does not fit, an image that the set does not hold or that
-        cannot be read any more.
+        In one line: an argument that does not fit, an image that the set does not hold. (One that
+        cannot be read any more stays white, with a warning.)
     OSError
         If a file cannot be written: the page that stood there before is as it was.
     """
@@ -171,8 +172,9 @@ def _thumbnail(images: ImageSet, row: int, side: int) -> str:
     """A WebP file in base64; JPEG, with its longer headers, takes half as much again or twice."""
     try:
         image = Image.fromarray(needed_at(images.images, side)[row])
-    except UnreadableImageError as error:
-        raise ValueError(f"image {images.ids[row]!r}: {error.reason}") from error
+    except UnreadableImageError as error:  # it could be read when it was embedded
+        warnings.warn(f"image {images.ids[row]!r} stays white: {error.reason}", stacklevel=2)
+        image = Image.new("L", (side, side), "white")
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=max(image.size) <= LOSSLESS, quality=85)

@@ -227,7 +227,7 @@ def check_neighbors(neighbors: np.ndarray, count: int, chunk_size: int = 2**16) 
                 raise ValueError(
                     f"neighbors: row {start + row} {what} {rows[row, column]}; {remedy}"
                 )
-        digest.update(rows.data)
+        digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()
 
 

@@ -105,7 +105,9 @@ class JobConfig(RunOptions):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(RunOptions)}
 
 
-def read_parameters(namespace: dict, *, folders: bool = True) -> tuple[JobConfig, TrainConfig]:
+def read_parameters(
+    namespace: dict, *, takes: Literal["all", "images", "arrays"] = "all"
+) -> tuple[JobConfig, TrainConfig]:
     """The parameters of the notebook that calls this, checked.
 
     papermill writes whatever it is given into a cell of its own, after the notebook's parameters
@@ -117,9 +119,9 @@ def read_parameters(namespace: dict, *, folders: bool = True) -> tuple[JobConfig
     ----------
     namespace : dict
         ``globals()`` of the notebook.
-    folders : bool
-        Whether it takes folders of images and files of embeddings. Else, as it looks at images of
-        one size and at labels, only data sets that are arrays.
+    takes : {"all", "images", "arrays"}
+        What it can do with a data set: ``"images"`` but no file of embeddings; or, as it looks at
+        labels and at images of one size, only data sets that are ``"arrays"``.
 
     Returns
     -------
@@ -149,10 +151,14 @@ def read_parameters(namespace: dict, *, folders: bool = True) -> tuple[JobConfig
         for cls in (JobConfig, TrainConfig)
     ]
     job, config = JobConfig(**given[0]), TrainConfig(**given[1])
-    if not folders and job.dataset not in ARRAYS:
+    if takes == "arrays" and job.dataset not in ARRAYS:
         raise ValueError(
             f"dataset={job.dataset!r}: one of {', '.join(map(repr, ARRAYS))} is allowed in this "
             "chapter; 05 and 08 take folders of images, too"
+        )
+    if takes == "images" and holds_embeddings(job.dataset):
+        raise ValueError(
+            f"dataset={job.dataset!r}: images are needed in this chapter; 05 takes embeddings, too"
         )
     return job, config
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,9 @@ from temi.config import RunOptions
 from temi.data import ImageSet
 from temi.embeddings import Features
 from temi.files import RESULTS, SETTINGS, whole_file, write_json
+from temi.image_files import UnreadableImageError
 from temi.results import best_epoch, final_results
-from temi.rundirs import Place, settle
+from temi.rundirs import Place, settle, stage
 from temi.runs import Run
 
 LOGS = "logs"
@@ -69,6 +71,12 @@ class Record:
 
     def _begin(self, source: Path | None, settings: dict) -> None:
         """A new folder, with what a run before this one leaves it."""
+        expected = self.options.overwrite or self.place.source is not None
+        if not expected and stage(self.folder):  # find_place saw none, maybe hours ago
+            raise ValueError(
+                f"run_dir={str(self.place.run_dir)!r}: another process has begun a run there "
+                "meanwhile; give another run_dir, or resume='auto' once it has stopped"
+            )
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
@@ -178,10 +186,14 @@ class Record:
 
             if len(images) > len(features):  # some could not be read
                 images = images.keep(features.ids)
-            figure = cluster_rows(images.images, run.labels, run.agreement)
-            with whole_file(self.folder / "clusters.png") as file:
-                figure.savefig(file, format="png")
-            self.writer.add_figure("clusters", figure, len(run.history))
+            try:
+                figure = cluster_rows(images.images, run.labels, run.agreement)
+            except UnreadableImageError as error:  # it could be read before the training
+                warnings.warn(f"clusters.png is left out, as an image is: {error}", stacklevel=3)
+            else:
+                with whole_file(self.folder / "clusters.png") as file:
+                    figure.savefig(file, format="png")
+                self.writer.add_figure("clusters", figure, len(run.history))
         self._write(run, features, finished=True)
         self.close()
         settle(self.place.run_dir)

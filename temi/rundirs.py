@@ -12,7 +12,6 @@ was, with links to its checkpoints and a copy of its logs; so does ``resume="aut
 directory of a finished run, which is how that run gets more epochs.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from temi import checkpoints
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.embeddings import Features
-from temi.files import RESULTS, SETTINGS, home, path_part, readable_path, writable_path
+from temi.files import RESULTS, SETTINGS, home, path_part, read_json, readable_path, writable_path
 from temi.parameters import JobConfig
 from temi.results import run_settings
 
@@ -47,7 +46,7 @@ class Place:
         """Path and content of the checkpoint to go on from; None for a fresh start."""
         if self.source is None:
             return None
-        if self.source.is_dir():
+        if self.source.name == checkpoints.FOLDER:  # not there, where it was stopped before
             return checkpoints.newest(self.source)
         return self.source, checkpoints.load(self.source)
 
@@ -138,16 +137,16 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
         return Place(None, None, resume)
     run_dir = Path(run_dir).expanduser().resolve()
     settle(run_dir)
-    standing = _stage(run_dir)
+    standing = stage(run_dir)
     folder = part_of(run_dir) if standing == "finished" else run_dir
-    growing = _stage(folder) == "unfinished"
+    growing = stage(folder) == "unfinished"
     holds = f"run_dir={str(run_dir)!r}: holds"
 
     if options.resume == "auto":
-        last = next((place for place in (folder, run_dir) if _stage(place)), None)
+        last = next((place for place in (folder, run_dir) if stage(place)), None)
         if last is None:
             return Place(run_dir, folder, None)
-        before = json.loads((last / SETTINGS).read_text())
+        before = read_json(last / SETTINGS)
         _refuse(not_resumable(before, settings), f"{holds} a run with")
         return Place(run_dir, folder, last / checkpoints.FOLDER)
     if options.overwrite:
@@ -158,7 +157,7 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
             "start anew, or another run_dir"
         )
     if standing == "finished" and (resume is None or run_dir not in resume.parents):
-        before = json.loads((run_dir / SETTINGS).read_text())
+        before = read_json(run_dir / SETTINGS)
         _refuse(differences(before, settings), f"{holds} a run with")
     return Place(run_dir, folder, resume)
 
@@ -171,7 +170,7 @@ def part_of(run_dir: Path) -> Path:
 def settle(run_dir: Path) -> None:
     """Put a finished successor in its place, if there is one."""
     part, old = part_of(run_dir), run_dir.with_name(f".{run_dir.name}.old")
-    if _stage(part) == "finished":
+    if stage(part) == "finished":
         if run_dir.exists():
             run_dir.rename(old)
         part.rename(run_dir)
@@ -233,13 +232,15 @@ def _find_file(path: str | Path) -> Path:
     raise ValueError(f"resume={str(path)!r}: there is no such checkpoint; 'auto' finds the newest")
 
 
-def _stage(folder: Path) -> str | None:
+def stage(folder: Path) -> str | None:
     """ "finished", "unfinished", or None where there is no run and nothing else either."""
     files = folder.iterdir() if folder.is_dir() else ()
     if all(path.name.endswith(".part") for path in files):  # stopped while writing the first
         return None
     if not (folder / SETTINGS).exists():
         raise ValueError(f"run_dir={str(folder)!r}: holds files but no run; give another run_dir")
-    results = folder / RESULTS
-    finished = results.exists() and json.loads(results.read_text())["finished"]
+    try:
+        finished = read_json(folder / RESULTS).get("finished")
+    except (FileNotFoundError, ValueError):  # damaged: nothing says that the run is finished
+        finished = False
     return "finished" if finished else "unfinished"

@@ -1,6 +1,6 @@
 """A run: what it predicts, and how it is read back and held against others."""
 
-import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from temi import checkpoints, ensemble
 from temi.config import TrainConfig
 from temi.data import ImageSet
 from temi.embeddings import Features, as_array, normalize
-from temi.files import RESULTS, readable_path
+from temi.files import RESULTS, read_json, readable_path
 from temi.heads import MultiHead
 
 
@@ -250,11 +250,16 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
     DataFrame
         One row a run, by name: ``dataset``, ``backbone``, the settings in which the runs differ,
         ``acc``, ``nmi``, ``anmi``, ``ari``, ``epochs_done``, ``seconds`` of training,
-        ``finished``. Empty where there is no run.
+        ``finished``. Empty where there is no run. One whose record is damaged is left out, with a
+        warning.
     """
     rows, settings = {}, {}
     for path in sorted(readable_path(folder).glob(f"[!.]*/{RESULTS}")):  # hidden: not whole yet
-        results = json.loads(path.read_text())
+        try:
+            results = read_json(path)
+        except ValueError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
         settings[path.parent.name] = results["config"]
         rows[path.parent.name] = {
             **results["metrics"],
@@ -283,7 +288,7 @@ def summary(run_dir: str | Path) -> str:
     """
     folder = readable_path(run_dir)
     file = folder / RESULTS
-    if not file.exists() or not (results := json.loads(file.read_text()))["finished"]:
+    if not file.exists() or not (results := read_json(file))["finished"]:
         raise ValueError(f"run_dir={str(run_dir)!r}: holds no finished run")
     table = pd.DataFrame(
         {"TEMI, vote of all heads": results["metrics"]}

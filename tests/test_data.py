@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from temi import data
-from temi.data import load_images
+from temi.data import ImageSet, load_images
 
 
 def test_digits():
@@ -196,3 +196,18 @@ def test_each_image_has_one_id_and_one_label():
         dataclasses.replace(images, ids=("a", "b", "c"))
     with pytest.raises(ValueError, match="labels: 5 of 1797 images"):
         dataclasses.replace(images, labels=images.labels[:5])
+
+
+@pytest.mark.parametrize(
+    ("images", "ids", "message"),
+    [
+        (np.zeros((2, 8, 8)), "ab", r"images: float64 of shape \(2, 8, 8\); uint8"),
+        (np.zeros((2, 8, 8, 4), np.uint8), "ab", r"uint8 of shape \(2, 8, 8, 4\)"),
+        ([np.zeros((8, 8), np.uint8)] * 2, "ab", "images: list of shape"),
+        (np.zeros((2, 8, 8), np.uint8), "aa", "ids: each is allowed once"),
+        (np.zeros((0, 8, 8), np.uint8), "", "images: 'own' has none"),
+    ],
+)
+def test_images_of_ones_own_are_checked(images, ids, message):
+    with pytest.raises(ValueError, match=message):
+        ImageSet("own", images, tuple(ids))

@@ -20,6 +20,7 @@ from temi.embeddings import (
     mean_embedding,
     normalize,
 )
+from temi.files import read_json
 from temi.metrics import cluster_accuracy
 from temi.training import train
 
@@ -257,3 +258,16 @@ def test_images_of_another_type(tmp_path):
 def test_no_such_preparation():
     with pytest.raises(ValueError, match="how='l1': one of 'none', 'l2', 'center-l2' is allowed"):
         normalize(np.ones((2, 3)), "l1")
+
+
+@pytest.mark.parametrize(("file", "content"), [("manifest.json", ""), ("ids.json", None)])
+def test_a_damaged_cache_is_named_and_computed_anew(file, content, tmp_path):
+    images = load_images("digits")
+    before = embed(images, data_dir=tmp_path)
+    path = tmp_path / "embeddings" / "digits" / "pixels" / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}|are not in"):
+        load_cached(before.manifest, tmp_path) if content is None else read_json(path)
+    with pytest.warns(UserWarning, match=rf"computed anew: a file of it is .*{file}"):
+        again = embed(images, data_dir=tmp_path)
+    np.testing.assert_array_equal(again.x, before.x)

@@ -130,6 +130,26 @@ def test_ctrl_c_says_how_to_go_on(command, advice, monkeypatch, capsys):
     assert advice in capsys.readouterr().err
 
 
+def test_what_cannot_be_is_said_before_the_images_are_embedded(photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out, more, message in [
+        (tmp_path / "file", [], "out='.*file': nothing can be written there"),
+        (tmp_path / "new", ["--batch-size", "100000"], "batch_size=100000: at most 200 is allowed"),
+    ]:
+        assert main(["cluster", str(photos), "--out", str(out), *QUICK, *more]) == 1
+        assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_runs_own_tables_stay(photos, tmp_path, capsys):
+    run = ["--run-dir", str(tmp_path / "r"), "--num-clusters", "4", *QUICK]
+    assert main(["train", str(photos), "--backbone", "pixels", *run]) == 0
+    before = (tmp_path / "r" / "assignments.csv").read_bytes()
+    assert main(["predict", str(tmp_path / "r"), str(photos), "--out", str(tmp_path / "r")]) == 1
+    assert "holds a run and the tables of its own images" in capsys.readouterr().err
+    assert (tmp_path / "r" / "assignments.csv").read_bytes() == before
+
+
 def test_folders_that_would_mix_with_others_are_refused(photos, tmp_path, capsys):
     assert main(["cluster", str(photos), "--out", str(photos / "out"), *QUICK]) == 1
     assert "lies among the images, and would be taken for some of them" in capsys.readouterr().err

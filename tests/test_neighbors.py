@@ -8,6 +8,7 @@ from sklearn.neighbors import NearestNeighbors
 from temi import neighbors
 from temi.neighbors import (
     approximate_neighbors,
+    check_neighbors,
     mutual_neighbors,
     nearest_neighbors,
     search_neighbors,
@@ -110,3 +111,8 @@ def test_without_faiss_it_is_said_what_to_install(monkeypatch):
 def test_rows_are_a_tensor():
     with pytest.raises(ValueError, match=r"x of type ndarray: torch\.from_numpy"):
         nearest_neighbors(np.eye(10), 2)
+
+
+def test_given_neighbours_may_lie_in_any_order_in_memory():
+    near = np.array([[1, 2], [2, 0], [0, 1]])
+    assert check_neighbors(np.asfortranarray(near), 3) == check_neighbors(near, 3)

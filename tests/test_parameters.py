@@ -46,8 +46,12 @@ def test_a_chapter_that_takes_no_folders_says_so_before_any_work(tmp_path):
     notebook_of = notebook(f"# Parameters\ndataset = {str(tmp_path)!r}\n")
     assert read_parameters(notebook_of)[0].dataset == str(tmp_path)
     with pytest.raises(ValueError, match=r"one of 'digits', .* 'stl10' is allowed in this chapter"):
-        read_parameters(notebook_of, folders=False)
-    assert read_parameters(notebook(), folders=False)[0].dataset == "digits"
+        read_parameters(notebook_of, takes="arrays")
+    assert read_parameters(notebook(), takes="arrays")[0].dataset == "digits"
+    np.save(tmp_path / "own.npy", np.eye(3))
+    embeddings = notebook(f"# Parameters\ndataset = {str(tmp_path / 'own.npy')!r}\n")
+    with pytest.raises(ValueError, match="images are needed in this chapter; 05 takes embeddings"):
+        read_parameters(embeddings, takes="images")
 
 
 @pytest.mark.parametrize(

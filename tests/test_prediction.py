@@ -87,6 +87,18 @@ def test_changed_embeddings_in_the_cache_are_not_used(trained, tmp_path):
         array.write_bytes(content)
 
 
+def test_the_folder_of_the_run_with_a_new_image_leaves_the_runs_embeddings(tmp_path):
+    folder = write(tmp_path / "growing", DIGITS.images[:KNOWN])
+    features = temi.embed(temi.load_images(str(folder)), data_dir=tmp_path, progress=False)
+    run = temi.train(features, temi.TrainConfig(num_clusters=10, num_heads=2, epochs=1))
+    Image.fromarray(DIGITS.images[KNOWN]).save(folder / "new.png")
+    for _ in range(2):
+        table = run.predict(str(folder), data_dir=tmp_path, progress=False)
+        assert len(table) == KNOWN + 1
+        assert table["similarity"].notna().all()
+    np.testing.assert_array_equal(temi.load_cached(run.manifest, tmp_path).x, features.x)
+
+
 def test_another_preprocessing_is_refused(trained, tmp_path):
     run, _, root = trained
     run.manifest["preprocessing"], before = "upside down", run.manifest["preprocessing"]

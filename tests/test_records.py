@@ -1,21 +1,23 @@
 import dataclasses
 import json
+import shutil
 from importlib.resources import files
 
 import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from sklearn.datasets import make_blobs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from temi import checkpoints
+from temi import checkpoints, training
 from temi.checkpoints import BEST, LATEST
 from temi.config import TrainConfig
-from temi.data import ImageSet
+from temi.data import ImageSet, load_images
 from temi.embeddings import Features
 from temi.rundirs import part_of
-from temi.runs import load_run
+from temi.runs import list_runs, load_run
 from temi.training import train
 
 X, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
@@ -124,6 +126,60 @@ def test_best_by_accuracy_is_an_oracle(tmp_path):
     assert saved["epoch"] == best["epoch"]
     with pytest.raises(ValueError, match="best_by='accuracy': these embeddings have no labels"):
         train(X, dataclasses.replace(SMALL, num_clusters=4), best_by="accuracy")
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": "auto"}])
+def test_a_run_that_another_process_has_begun_meanwhile_stays(options, monkeypatch, tmp_path):
+    search = training.search_neighbors
+
+    def meanwhile(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "search_neighbors", search)
+            cut_short(tmp_path / "run", monkeypatch)
+        return search(*arguments)
+
+    monkeypatch.setattr(training, "search_neighbors", meanwhile)
+    with pytest.raises(ValueError, match="another process has begun a run there meanwhile"):
+        start(tmp_path / "run", **options)
+    assert len(results(tmp_path / "run")["history"]) == 3
+
+
+def test_a_run_that_was_killed_before_it_had_a_folder_of_checkpoints_starts_anew(tmp_path):
+    run_dir = tmp_path / "run"
+    start(run_dir)
+    for path in (*run_dir.glob("checkpoints/*"), run_dir / "checkpoints", run_dir / "clusters.png"):
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+    (run_dir / "final_results.json").unlink()
+    start(run_dir, resume="auto")
+    assert results(run_dir)["finished"]
+
+
+def test_a_damaged_record_is_named_and_can_be_overwritten(tmp_path):
+    start(tmp_path / "run")
+    start(tmp_path / "other")
+    (tmp_path / "run" / "final_results.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"left out: .*final_results\.json: damaged"):
+        assert list(list_runs(tmp_path).index) == ["other"]
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        start(tmp_path / "run")
+    start(tmp_path / "run", overwrite=True)
+    (tmp_path / "run" / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json: damaged, no whole JSON file"):
+        start(tmp_path / "run", resume="auto")
+
+
+def test_images_that_are_gone_at_the_end_cost_the_picture_alone(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for row in range(len(X)):
+        Image.new("L", (4, 4), row).save(tmp_path / "photos" / f"{row:03d}.png")
+    images = load_images(str(tmp_path / "photos"))
+    shutil.rmtree(tmp_path / "photos")
+    features = dataclasses.replace(Features.from_array(X), ids=images.ids)
+    config = dataclasses.replace(SMALL, num_clusters=4)
+    with pytest.warns(UserWarning, match=r"clusters\.png is left out"):
+        start(tmp_path / "run", config, features, images=images)
+    assert results(tmp_path / "run")["finished"]
+    assert (tmp_path / "run" / "assignments.csv").exists()
 
 
 @pytest.mark.parametrize("finished_before", [False, True])
