@@ -27,13 +27,15 @@ from temi.runs import Run
 MARKER = ".sorted-by-temi"  # in a folder that the next call may replace
 
 
-def assignments(run: Run, features: Features, centers: np.ndarray | None = None) -> pd.DataFrame:
+def assignments(
+    run: Run, features: Features | np.ndarray, centers: np.ndarray | None = None
+) -> pd.DataFrame:
     """The cluster of each image, and how sure it is.
 
     Parameters
     ----------
     run : Run
-    features : Features
+    features : Features or ndarray [N, D]
         From the same backbone as those trained on, not normalised.
     centers : ndarray [K, D], optional
         From :func:`centers`, of the features trained on; needed for new images. None: of
@@ -44,7 +46,7 @@ def assignments(run: Run, features: Features, centers: np.ndarray | None = None)
     DataFrame
         One row an image, in their order:
 
-        - ``path`` : its name in ``features.ids``;
+        - ``path`` : its name in ``features.ids``; its number, in an array;
         - ``cluster`` : int64, majority vote of the heads, as :meth:`temi.Run.predict` has it;
         - ``confidence`` : mean over the aligned heads of the teacher's probability of that cluster;
         - ``agreement`` : share of heads that voted for it;
@@ -57,6 +59,8 @@ def assignments(run: Run, features: Features, centers: np.ndarray | None = None)
     -----
     The N x K probabilities are held for some thousand images at a time.
     """
+    if not isinstance(features, Features):
+        features = Features.from_array(features)
     x = run.inputs(features)
     labels, agreement = run.vote(features)
     middles = torch.from_numpy(_means(x, labels, run) if centers is None else centers)

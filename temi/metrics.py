@@ -159,7 +159,14 @@ def stability(clusterings: Sequence[np.ndarray]) -> float:
 
     Of runs that differ in their seed alone: 1 where all find the same groups, near 0 where they
     have nothing in common.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two.
     """
+    if len(clusterings) < 2:
+        raise ValueError(f"clusterings: {len(clusterings)} given; two or more can be compared")
     pairs = itertools.combinations(clusterings, 2)
     return float(np.mean([sklearn_metrics.adjusted_rand_score(a, b) for a, b in pairs]))
 
@@ -295,8 +302,15 @@ def cluster_statistics(labels: np.ndarray, num_clusters: int) -> dict:
     dict
         ``sizes``, images in each cluster; ``empty_clusters``, how many have none; ``entropy`` of
         the sizes in nats, log K where all are equal; ``balance``, that entropy over log K.
+
+    Raises
+    ------
+    ValueError
+        If a label is no cluster.
     """
     sizes = np.bincount(labels, minlength=num_clusters)
+    if len(sizes) > num_clusters:
+        raise ValueError(f"labels: {len(sizes) - 1} is no cluster of {num_clusters}")
     return {
         "sizes": sizes.tolist(),
         "empty_clusters": int((sizes == 0).sum()),

@@ -34,6 +34,12 @@ def table(run, features):
     return temi.assignments(run, features)
 
 
+def test_an_array_has_numbers_for_names(run, features, table):
+    found = temi.assignments(run, np.asarray(features.x))
+    assert found["path"].tolist()[:2] == ["0", "1"]
+    pd.testing.assert_frame_equal(found.drop(columns="path"), table.drop(columns="path"))
+
+
 def part_of(features, rows):
     ids = tuple(features.ids[row] for row in rows)
     return dataclasses.replace(features, x=features.x[rows], ids=ids, labels=None)

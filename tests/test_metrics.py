@@ -101,6 +101,13 @@ def test_bad_labels(labels):
         evaluate(labels, [] if not labels else [0, 1, 2])
 
 
+def test_labels_that_are_no_clusters_and_too_few_clusterings():
+    with pytest.raises(ValueError, match="labels: 2 is no cluster of 2"):
+        cluster_statistics(np.array([0, 1, 2]), 2)
+    with pytest.raises(ValueError, match="clusterings: 1 given"):
+        stability([np.array([0, 1])])
+
+
 def test_nothing_to_score_against():
     with pytest.raises(ValueError, match="classes=None"):
         evaluate([0, 1], None)
