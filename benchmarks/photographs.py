@@ -59,7 +59,7 @@ def measured(log: Path, *arguments: str) -> dict[str, float]:
 
 def flat_copy(source: Path, folder: Path, splits: tuple[str, ...]) -> dict[str, str]:
     """All images in one folder, under names that say nothing; their classes by name."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     paths = sorted(path for split in splits for path in (source / split).glob("*/*.jpg"))
     order = np.random.default_rng(0).permutation(len(paths))
     classes = {f"{place:05d}.jpg": paths[row].parent.name for place, row in enumerate(order)}

@@ -17,6 +17,7 @@ notice of the trailer. Names in ``checkpoints/``:
 Those of the same epoch are hard links to the same bytes, copies where a file system has no links.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -147,7 +148,7 @@ def load(path: Path) -> dict:
 def newest(folder: Path) -> tuple[Path, dict] | None:
     """The newest checkpoint of a folder that is whole, and its content; None where there is none.
 
-    Warns of each newer one that is damaged.
+    Warns of those that are damaged, as far as they may be newer.
 
     Raises
     ------
@@ -172,6 +173,16 @@ def newest(folder: Path) -> tuple[Path, dict] | None:
     if damaged:
         raise CheckpointError(f"no checkpoint is whole: {'; '.join(damaged)}")
     return None
+
+
+def up_to(source: Path) -> list[Path]:
+    """The checkpoints beside one that are no later than it; damaged ones say nothing of that."""
+    found = []
+    for path in source.parent.glob("checkpoint_*.pth"):
+        with contextlib.suppress(CheckpointError):
+            if position_of(path) <= position_of(source):
+                found.append(path)
+    return found
 
 
 def save_latest(folder: Path, content: dict, position: Position) -> None:

@@ -174,7 +174,8 @@ def embed(
     Returns
     -------
     Features
-        Rows in the order of the images, memory-mapped: only what is used is read.
+        Rows in the order of the images. Memory-mapped, so that only what is used is read; those of
+        several backbones are joined in memory.
 
     Raises
     ------
@@ -487,7 +488,10 @@ def load_features(path: str | Path) -> Features:
     try:
         if file.suffix.lower() == ".npz":
             with file.open("rb") as content:
-                arrays = dict(np.load(content))
+                loaded = np.load(content)
+                if isinstance(loaded, np.ndarray):
+                    raise ValueError("one array, as in a .npy file")
+                arrays = dict(loaded)
         else:
             arrays = {"X": np.load(file, mmap_mode="c")}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
@@ -522,6 +526,8 @@ def check_embeddings(x: np.ndarray) -> None:
         )
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"embeddings of dtype {x.dtype}: convert them with x.astype('float32')")
+    if not len(x):
+        raise ValueError(f"embeddings of shape {x.shape}: there are no rows")
     for start in range(0, len(x), CHUNK):  # rows on disk need not fit in memory
         rows = x[start : start + CHUNK]
         size = np.abs(rows).max(axis=1, initial=0).astype(np.float64)

@@ -144,9 +144,10 @@ def agreement_between_heads(aligned_labels: np.ndarray) -> np.ndarray:
 def head_logits(heads: MultiHead, x: Tensor | Rows) -> Iterator[Tensor]:
     """Logits [H, chunk, K] of embeddings [N, D], some rows at a time, on the heads' device."""
     rows = max(1, min(CHUNK, LOGITS // heads.gain.numel()))
-    with torch.inference_mode():
-        for chunk in x.split(rows):
-            yield heads(chunk.to(heads.gain.device))
+    for chunk in x.split(rows):
+        with torch.inference_mode():  # left before the caller goes on, whose mode it would be
+            logits = heads(chunk.to(heads.gain.device))
+        yield logits
 
 
 def mean_probs(

@@ -59,7 +59,7 @@ def read_names(names: str | Path | Mapping) -> tuple[dict[int, str], dict[int, i
 
 
 def _cluster(number: Any, source: str) -> int:
-    if isinstance(number, bool) or not re.fullmatch(r"\d{1,9}", str(number), re.ASCII):
+    if not re.fullmatch(r"\d{1,9}", str(number), re.ASCII):
         raise ValueError(f"{source}: {number!r} is no cluster; whole numbers from 0 are allowed")
     return int(number)
 
@@ -119,7 +119,7 @@ def apply_names(
     check_columns(table, "cluster", "second_choice")
     given, merged = read_names(names)
     clusters = table["cluster"], table["second_choice"]
-    known = set(range(num_clusters)) if num_clusters else {*clusters[0], *clusters[1]} - {-1}
+    known = set(range(num_clusters)) if num_clusters else {*clusters[0], *clusters[1]}
     if unknown := {*given, *merged, *merged.values()} - known:
         remedy = "" if num_clusters else "; for a table of new images give num_clusters"
         raise ValueError(f"names: there is no cluster {min(unknown)} in the table{remedy}")

@@ -91,10 +91,11 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
     """Most of the k most similar other rows of each row, in far less time than all of them.
 
     An inverted file of faiss (the extra ``large``): k-means deals the rows out to
-    4 sqrt(N) cells, and a row is compared with those of the 64 cells nearest to it. Of 35,000
-    photographs (256 principal components of EfficientNet-Lite0's features) 98.6% of the 25 nearest
-    are found, in a third of the time (``benchmarks/neighbors.py``); the advantage grows with the
-    square root of N. The same rows give the same result. On a CPU, whatever the device of ``x``.
+    4 sqrt(N) cells (fewer below 24,000 rows), and a row is compared with those of the 64 cells
+    nearest to it. Of 35,000 photographs (256 principal components of EfficientNet-Lite0's features)
+    98.6% of the 25 nearest are found, in a third of the time (``benchmarks/neighbors.py``); the
+    advantage grows with the square root of N. The same rows give the same result. On a CPU,
+    whatever the device of ``x``.
 
     Parameters
     ----------

@@ -84,7 +84,7 @@ class Record:
             return
         carried = self.folder / f"{checkpoints.FOLDER}.part"
         carried.mkdir()
-        for path in {*source.parent.glob("checkpoint_*.pth"), source}:
+        for path in {*checkpoints.up_to(source), source}:
             checkpoints.link(path, carried / path.name)
         write_json(self.folder / SETTINGS, settings)
         carried.rename(self.checkpoints)

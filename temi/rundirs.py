@@ -13,7 +13,7 @@ directory of a finished run, which is how that run gets more epochs.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from temi import checkpoints
@@ -66,7 +66,9 @@ def plan_run(
     Returns
     -------
     TrainConfig
-        With the number of clusters.
+        With the number of clusters, and what else :meth:`temi.TrainConfig.resolve` says; but the
+        batch, where it is all images, is left to :func:`temi.train`, which knows how many could be
+        read.
     Path
         ``job.run_dir``, a relative one below :func:`temi.files.home`; else
         ``runs/DATASET-BACKBONE``, followed by the settings that differ from the recipe.
@@ -82,9 +84,13 @@ def plan_run(
     run_dir = default_run_dir(dataset, backbone + size, config)
     if job.run_dir is not None:
         run_dir = writable_path(job.run_dir)
-    config = config.resolve(len(data), data.num_classes)
-    find_place(run_dir, run_settings(dataset, backbone, config), job)
-    return config, run_dir
+    resolved = config.resolve(len(data), data.num_classes)
+    settings = run_settings(dataset, backbone, resolved)
+    if resolved.batch_size != config.batch_size:  # cut to all images, some of them unreadable maybe
+        del settings["batch_size"]
+        resolved = replace(resolved, batch_size=config.batch_size)
+    find_place(run_dir, settings, job)
+    return resolved, run_dir
 
 
 def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:

@@ -211,3 +211,10 @@ def test_each_image_has_one_id_and_one_label():
 def test_images_of_ones_own_are_checked(images, ids, message):
     with pytest.raises(ValueError, match=message):
         ImageSet("own", images, tuple(ids))
+
+
+def test_the_fingerprint_knows_shape_and_ids():
+    images = load_images("digits")
+    other = dataclasses.replace(images, images=images.images.reshape(1797, 4, 16))
+    assert other.fingerprint != images.fingerprint
+    assert dataclasses.replace(images, ids=images.ids[::-1]).fingerprint != images.fingerprint

@@ -160,6 +160,7 @@ def rows(**changes) -> np.ndarray:
         (np.diag([1.0, 0, 1]), "row 1 holds only zeros"),
         (rows(row3=1e16), r"row 3 holds numbers beyond 1e\+15; scale all rows down"),
         (np.diag([1.0, 1e-16, 1]), "row 1 holds no number above 1e-15; scale all rows up"),
+        (np.ones((0, 3)), r"shape \(0, 3\): there are no rows"),
         (np.ones(4), r"shape \(4,\): an array of two dimensions"),
         (np.ones((2, 2, 2)), r"shape \(2, 2, 2\)"),
         ([[1.0]], "type list"),
@@ -271,3 +272,11 @@ def test_a_damaged_cache_is_named_and_computed_anew(file, content, tmp_path):
     with pytest.warns(UserWarning, match=rf"computed anew: a file of it is .*{file}"):
         again = embed(images, data_dir=tmp_path)
     np.testing.assert_array_equal(again.x, before.x)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 2)])
+def test_an_array_in_a_file_of_several_is_said(shape, tmp_path):
+    np.save(tmp_path / "x.npy", np.ones(shape))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(ValueError, match=r"no whole .npy or .npz file \(one array, as in a .npy"):
+        load_features(tmp_path / "x.npz")

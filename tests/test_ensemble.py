@@ -134,3 +134,33 @@ def test_chunks_of_logits_stay_small(limit, rows, monkeypatch):
     chunks = list(ensemble.head_logits(heads, x))
     assert max(chunk.shape[1] for chunk in chunks) == rows
     torch.testing.assert_close(torch.cat(chunks, dim=1), heads(x).detach())
+
+
+def test_many_clusters_in_small_numbers():
+    heads = np.random.default_rng(0).integers(300, size=(3, 2000))
+    expected = align_heads(heads, 300, 0)
+    np.testing.assert_array_equal(align_heads(heads.astype(np.int16), 300, 0), expected)
+    assert relabel(heads.astype(np.int16), expected).dtype == np.int16
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_numbers_of_one_head_agree_more(seed):
+    heads = np.random.default_rng(seed).integers(3, size=(4, 40))
+    alignment = align_heads(heads, 3, 0)
+    best = agreement_between_heads(relabel(heads, alignment)).sum()
+    for head, numbers in itertools.product(range(4), itertools.permutations(range(3))):
+        other = alignment.copy()
+        other[head] = numbers
+        assert agreement_between_heads(relabel(heads, other)).sum() <= best + 1e-12
+
+
+def test_agreement_counts_heads_whatever_their_weights():
+    aligned = np.array([[4], [4], [4], [2]])
+    assert vote(aligned, 5, 3, np.array([0.1, 0.1, 0.1, 0.9]))[1].tolist() == [0.25]
+
+
+def test_what_is_yielded_leaves_the_callers_mode_alone():
+    heads, x = MultiHead(8, 5, 3, 16, 4), torch.randn(25, 8)
+    chunks = mean_probs(heads, x, np.tile(np.arange(5), (3, 1)), 0.1)
+    assert next(chunks).dtype == torch.float32
+    assert not torch.is_inference_mode_enabled()

@@ -13,6 +13,7 @@ from PIL import Image
 import temi
 from temi import ensemble
 from temi.data import ImageFiles, ImageSet
+from temi.export import check_replaceable
 
 HOSTILE = ("a b.png", "a\"b'c.png", "<script>alert(1)<|script>.png", "né 日本.png", "=1+1,2.png",
            "line\nbreak.png", os.fsdecode(b"no-utf8-\xff.png"), "back\\slash.png")  # fmt: skip
@@ -472,3 +473,10 @@ def test_names_that_are_numbers_survive_a_file(photos, tmp_path):
     again = pd.read_csv(tmp_path / "assignments.csv")
     temi.sort_images(again, images, tmp_path / "sorted")
     assert any(path.name.endswith("-1990") for path in (tmp_path / "sorted").iterdir())
+
+
+def test_what_others_left_beside_the_folder_stays(tmp_path):
+    (tmp_path / ".sorted.old").mkdir()
+    (tmp_path / ".sorted.old" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="did not write"):
+        check_replaceable(tmp_path / "sorted")

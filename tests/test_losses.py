@@ -112,3 +112,22 @@ def test_cold_softmax_stays_finite():
 def test_no_such_loss():
     with pytest.raises(ValueError, match="loss='teme': one of 'temi', 'wmi', 'pmi', 'scan'"):
         temi_loss(logits(0), logits(1), uniform(), loss="teme")
+
+
+def test_marginals_stay_normal_numbers():
+    marginal = torch.full((1, 2), 0.5)
+    for _ in range(3000):
+        marginal = update_marginal(marginal, torch.tensor([[[1.0, 0.0]]]))
+    assert marginal[0, 1] >= torch.finfo(torch.float32).tiny
+
+
+def test_half_precision_ends_with_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 10, 4, generator=generator).bfloat16() for _ in range(2))
+    marginal = torch.full((3, 4), 0.25)
+    expected = temi_loss(student.float(), teacher.float(), marginal)[0]
+    assert torch.equal(temi_loss(student, teacher, marginal)[0], expected)
+
+
+def test_entropy_weight_is_that_of_scans_authors():
+    assert SCAN_ENTROPY == 5

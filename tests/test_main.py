@@ -141,6 +141,22 @@ def test_what_cannot_be_is_said_before_the_images_are_embedded(photos, tmp_path,
     assert not (tmp_path / "data").exists()
 
 
+def test_a_few_images_one_of_them_broken_without_a_number_of_clusters(photos, tmp_path, capsys):
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(photos.rglob("*.png"))[:60]:
+        (few / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    next(few.iterdir()).write_bytes(b"broken")
+    arguments = ["cluster", str(few), "--out", "groups", "--no-map", *QUICK]
+    with pytest.warns(UserWarning, match="1 of 60 images could not be read"):
+        assert main(arguments) == 0
+    assert "is suggested by the images themselves" in capsys.readouterr().out
+    assert len(pd.read_csv(tmp_path / "groups" / "assignments.csv")) == 59
+    number = str(temi.load_run(tmp_path / "groups" / "run").config.num_clusters)
+    with pytest.warns(UserWarning, match="1 of 60"):
+        assert main([*arguments, "--num-clusters", number]) == 0
+
+
 def test_a_runs_own_tables_stay(photos, tmp_path, capsys):
     run = ["--run-dir", str(tmp_path / "r"), "--num-clusters", "4", *QUICK]
     assert main(["train", str(photos), "--backbone", "pixels", *run]) == 0

@@ -43,3 +43,9 @@ def test_what_cannot_be_told_apart_is_in_one_place(shape):
 
 def test_a_map_of_one_dimension():
     assert np.isfinite(temi.map_points(np.arange(30, dtype=np.float32)[:, None])).all()
+
+
+def test_images_drawn_for_the_map_keep_their_place_and_scale():
+    x = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    points = temi.map_points(x, max_images=40)
+    assert points[:, 0].std() == pytest.approx(1, rel=1e-3)

@@ -225,3 +225,25 @@ def test_counts_are_by_place_whatever_the_index():
     shuffled = pd.Series(classes, index=np.random.default_rng(0).permutation(200))
     counts = matched_counts(shuffled, pd.Series(classes)).to_numpy()
     np.testing.assert_array_equal(counts, 50 * np.eye(4))
+
+
+def test_silhouette_of_a_sample_is_that_of_its_seed():
+    x, labels = RNG.normal(size=(90, 4)), RNG.integers(3, size=90)
+    rows = np.random.default_rng(1).permutation(90)[:60]
+    expected = sklearn_metrics.silhouette_score(x[rows], labels[rows], metric="cosine")
+    assert silhouette(x, labels, sample=60, seed=1) == pytest.approx(expected, abs=1e-5)
+
+
+def test_learnability_of_sorted_images_and_its_seed():
+    rng = np.random.default_rng(0)
+    classes = np.repeat(np.arange(4), 60)
+    x = rng.normal(size=(4, 16))[classes] * 3 + rng.normal(size=(240, 16))
+    x = normalize(x, "center-l2")
+    assert learnability(x, classes, folds=4) > 0.95
+    noisy = np.where(rng.random(240) < 0.5, rng.integers(4, size=240), classes)
+    assert learnability(x, noisy, seed=0) != learnability(x, noisy, seed=1)
+
+
+def test_one_class_alone_can_be_ordered():
+    counts = matched_counts(np.array([0, 1]), np.array([3, 3]), by_similarity=True)
+    assert counts.to_numpy().tolist() == [[1, 1]]

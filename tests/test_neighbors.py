@@ -11,6 +11,7 @@ from temi.neighbors import (
     check_neighbors,
     mutual_neighbors,
     nearest_neighbors,
+    nearest_similarities,
     search_neighbors,
 )
 
@@ -116,3 +117,26 @@ def test_rows_are_a_tensor():
 def test_given_neighbours_may_lie_in_any_order_in_memory():
     near = np.array([[1, 2], [2, 0], [0, 1]])
     assert check_neighbors(np.asfortranarray(near), 3) == check_neighbors(near, 3)
+
+
+def test_some_rows_of_the_approximate_neighbors(blobs):
+    whole = approximate_neighbors(blobs, 5)[0]
+    assert torch.equal(approximate_neighbors(blobs, 5, slice(1000, 2000))[0], whole[1000:2000])
+    for k in (0, 5000):
+        with pytest.raises(ValueError, match=f"num_neighbors={k}: 1 to 4999 is allowed"):
+            approximate_neighbors(blobs, k)
+
+
+def test_half_precision_is_raised(blobs):
+    half = blobs[:50].half()
+    indices, similarities = nearest_neighbors(half, 3)
+    expected, values = nearest_neighbors(half.float(), 3)
+    assert similarities.dtype == torch.float32
+    assert torch.equal(similarities, values)
+    assert torch.equal(indices, expected)
+
+
+def test_similarities_are_cosines_whatever_the_lengths(blobs):
+    x, queries = blobs[:50].float(), blobs[50:57].float()
+    expected = nearest_similarities(queries, x, 2)
+    torch.testing.assert_close(nearest_similarities(2 * queries, 3 * x, 2), expected)

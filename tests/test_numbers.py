@@ -6,6 +6,7 @@ settings of recipes and ablations. Those of the README must be what the test com
 What is neither, because nothing near it measures it, is listed in EXPLAINED with the reason.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -180,6 +181,9 @@ def test_numbers_of_the_readme():
     assert wrong_rows(readme, ROOT / "results") == []
     computed = "\n".join(" ".join(scores) for scores in readme_rows(ROOT / "results").values())
     computed += f" {len(temi.load_images('digits'))} images"
+    rows = json.loads((ROOT / "results/benchmarks/photographs.json").read_text())["rows"]
+    for row in rows:
+        computed += " {embed_s:.0f} s {cluster_s:.0f} s {cluster_mb} MB".format(**row)
     assert unfounded(readme, computed, EXPLAINED["*"] | EXPLAINED["README"]) == []
 
 

@@ -1,5 +1,7 @@
 """A trained run on new images: the same clusters, the same backbone, outliers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,3 +143,26 @@ def test_near_duplicates():
     groups = temi.near_duplicates(x)
     assert [group.tolist() for group in groups] == [[3, 10, 20], [30, 31]]
     assert temi.near_duplicates(x[:3]) == []
+
+
+def test_other_weights_are_refused(trained, tmp_path):
+    run, _, root = trained
+    other = dataclasses.replace(run, manifest=run.manifest | {"weights": "others"})
+    with pytest.raises(ValueError, match="'pixels': weights 'none' here, 'others' in the run"):
+        other.predict(str(root / "known"), data_dir=tmp_path, progress=False)
+
+
+def test_split_dtype_and_what_to_do_with_broken_images_are_passed_on(tmp_path):
+    write(tmp_path / "known" / "train", DIGITS.images[:200])
+    write(tmp_path / "known" / "test", DIGITS.images[200:230])
+    images = temi.load_images(str(tmp_path / "known"), split="train")
+    features = temi.embed(images, data_dir=tmp_path / "data", dtype="float32", progress=False)
+    config = temi.TrainConfig(num_clusters=5, num_heads=2, epochs=2)
+    run = temi.train(features, config, progress=False)
+    told = {"data_dir": tmp_path / "data", "progress": False}
+    assert len(run.predict(str(tmp_path / "known"), split="test", **told)) == 30
+    kept = [np.load(path).dtype for path in (tmp_path / "data").rglob("embeddings.npy")]
+    assert set(kept) == {np.dtype("float32")}
+    (write(tmp_path / "new", DIGITS.images[:3]) / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image 'a\.png'"):
+        run.predict(str(tmp_path / "new"), on_error="stop", **told)

@@ -154,6 +154,42 @@ def test_a_run_that_was_killed_before_it_had_a_folder_of_checkpoints_starts_anew
     assert results(run_dir)["finished"]
 
 
+def test_a_run_from_an_earlier_checkpoint_knows_none_of_the_later_ones(tmp_path):
+    start(tmp_path / "a", dataclasses.replace(SMALL, epochs=6), checkpoint_every=2)
+    early = tmp_path / "a" / "checkpoints" / "checkpoint_epoch_0002.pth"
+    run = start(tmp_path / "b", dataclasses.replace(SMALL, epochs=4), resume=early)
+    again = load_run(tmp_path / "b")
+    assert len(again.history) == len(run.history) == 4
+    np.testing.assert_array_equal(again.labels, run.labels)
+    more = start(tmp_path / "b", dataclasses.replace(SMALL, epochs=5), resume="auto")
+    assert len(more.history) == 5
+
+
+@pytest.mark.parametrize("beta", [0.6, 0.7])
+def test_another_runs_checkpoint_replaces_neither_an_unfinished_run_nor_one_of_others(
+    beta, monkeypatch, tmp_path
+):
+    start(tmp_path / "a")
+    source = tmp_path / "a" / "checkpoints" / LATEST
+    if beta == 0.6:
+        cut_short(tmp_path / "b", monkeypatch)
+    else:
+        start(tmp_path / "b", dataclasses.replace(SMALL, beta=beta))
+    before = results(tmp_path / "b")
+    with pytest.raises(ValueError, match=r"holds (an unfinished run|a run with beta=0\.7)"):
+        start(tmp_path / "b", dataclasses.replace(SMALL, epochs=6), resume=source)
+    assert results(tmp_path / "b") == before
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_latest", full)
+    with pytest.raises(OSError, match="No space left"):
+        start(tmp_path / "run")
+
+
 def test_a_damaged_record_is_named_and_can_be_overwritten(tmp_path):
     start(tmp_path / "run")
     start(tmp_path / "other")

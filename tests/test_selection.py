@@ -53,3 +53,19 @@ def test_what_does_not_fit_is_refused():
 def test_no_candidates_are_refused():
     with pytest.raises(ValueError, match="candidates: none; give one or more, or None"):
         temi.suggest_num_clusters(np.random.default_rng(0).normal(size=(80, 3)), [])
+
+
+def test_images_in_the_order_of_their_kinds(monkeypatch):
+    monkeypatch.setattr("temi.selection.IMAGES", 200)
+    rng = np.random.default_rng(0)
+    x = np.repeat(rng.normal(size=(8, 20)), 60, axis=0) + 0.1 * rng.normal(size=(480, 20))
+    x = x.astype(np.float32)
+    assert temi.suggest_num_clusters(x, progress=False).num_clusters == 8
+    temi.suggest_num_clusters(x[:80], [2], seed=2**32 - 1, progress=False)
+
+
+def test_the_suggestion_is_where_the_silhouette_is_highest():
+    x = np.random.default_rng(0).normal(size=(600, 30)).astype(np.float32)
+    found = temi.suggest_num_clusters(x, progress=False)
+    assert found.num_clusters == found.curve["num_clusters"][found.curve["silhouette"].argmax()]
+    assert not found.curve.equals(temi.suggest_num_clusters(x, seed=1, progress=False).curve)
