@@ -110,24 +110,16 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path}: damaged, no whole JSON file ({error}); remove it") from error
 
 
-def check_writable(name: str, folder: str | Path) -> Path:
-    """A folder in which files can be written, made where it is not there yet.
-
-    Raises
-    ------
-    ValueError
-        If none can; one line that begins with ``name`` and the folder.
-    """
-    path = Path(folder).expanduser().absolute()
+def check_writable(name: str, folder: Path) -> None:
+    """Raise a ValueError, which names the option, unless a folder takes files; makes it."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise ValueError(
             f"{name}={str(folder)!r}: nothing can be written there ({error.strerror}); give another"
         ) from error
-    return path
 
 
 def is_there(look: Callable[[], bool], seconds: float = 90.0) -> bool:

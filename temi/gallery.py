@@ -173,7 +173,8 @@ def _thumbnail(images: ImageSet, row: int, side: int) -> str:
     try:
         image = Image.fromarray(needed_at(images.images, side)[row])
     except UnreadableImageError as error:  # it could be read when it was embedded
-        warnings.warn(f"image {images.ids[row]!r} stays white: {error.reason}", stacklevel=2)
+        # the same words for all of one reason, of which Python shows one
+        warnings.warn(f"what cannot be read any more stays white ({error.reason})", stacklevel=2)
         image = Image.new("L", (side, side), "white")
     image.thumbnail((side, side))
     file = io.BytesIO()

@@ -135,3 +135,26 @@ def test_without_hard_links_there_are_copies(tmp_path, monkeypatch):
     held = {p.name: checkpoints.load(p)["epoch"] for p in tmp_path.iterdir()}
     assert held == {LATEST: 8, PREVIOUS: 7, BEST: 5}
     assert not (tmp_path / LATEST).samefile(tmp_path / PREVIOUS)
+
+
+def test_the_emergency_checkpoint_stays_until_the_next_one_is_whole(path, monkeypatch):
+    emergency = path.with_name(checkpoints.EMERGENCY)
+    checkpoints.save(emergency, CONTENT, Position(0, 3, 9))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoints.save_latest(path.parent, CONTENT, Position(0, 4, 0))
+    assert emergency.exists()
+    checkpoints.save_latest(path.parent, CONTENT, Position(0, 4, 0))
+    assert not emergency.exists()
+
+
+def test_the_oldest_go_first_past_ten_thousand_epochs_too(path):
+    for epoch in (9998, 9999, 10000):
+        checkpoints.keep_latest(path.parent, epoch, best=False, every=1, limit=2)
+    left = sorted(p.name for p in path.parent.glob("checkpoint_epoch_*"))
+    assert left == ["checkpoint_epoch_10000.pth", "checkpoint_epoch_9999.pth"]

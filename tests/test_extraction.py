@@ -116,6 +116,18 @@ def test_processes_decode_where_that_is_slow(device, decoding, several, monkeypa
     assert (asked["processes"] > 0) == several
 
 
+def test_a_whole_block_of_unreadable_images(folder, tmp_path, use):
+    use(tiny())
+    given = options(tmp_path / "whole")
+    expected = embed(load_images(str(folder)), "tiny", **given)
+    for row in range(8):
+        (folder / f"{row:03d}.png").write_bytes(b"no image")
+    given = options(tmp_path / "broken")
+    with pytest.warns(UserWarning, match="8 of 60 images could not be read"):
+        features = embed(load_images(str(folder)), "tiny", **given)
+    np.testing.assert_array_equal(features.x, expected.x[8:])
+
+
 def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, use):
     use(tiny())
     expected = embed(load_images(str(folder)), "tiny", **options(tmp_path / "whole"))

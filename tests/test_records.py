@@ -7,6 +7,7 @@ import jsonschema
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import make_blobs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -16,7 +17,7 @@ from temi.checkpoints import BEST, LATEST
 from temi.config import TrainConfig
 from temi.data import ImageSet, load_images
 from temi.embeddings import Features
-from temi.rundirs import part_of
+from temi.rundirs import differences, part_of
 from temi.runs import list_runs, load_run
 from temi.training import train
 
@@ -202,6 +203,31 @@ def test_a_damaged_record_is_named_and_can_be_overwritten(tmp_path):
     (tmp_path / "run" / "config.json").write_text("")
     with pytest.raises(ValueError, match=r"config\.json: damaged, no whole JSON file"):
         start(tmp_path / "run", resume="auto")
+
+
+def test_what_a_kill_left_of_a_first_file_does_not_block_the_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.part").touch()
+    start(tmp_path / "run")
+    assert results(tmp_path / "run")["finished"]
+
+
+def test_another_device_may_go_on():
+    assert differences({"device": "cpu", "beta": 0.6}, {"device": "cuda", "beta": 0.6}) == []
+    assert differences({"beta": 0.6}, {"beta": 0.7}) == ["beta=0.6 (now 0.7)"]
+
+
+def test_the_picture_is_of_the_images_that_could_be_read(monkeypatch, tmp_path):
+    drawn = []
+
+    def rows(images, labels, agreement):
+        drawn.append((images.shape, len(labels), len(agreement)))
+        return Figure()
+
+    monkeypatch.setattr("temi.plots.cluster_rows", rows)
+    some = dataclasses.replace(FEATURES, x=X[5:], ids=FEATURES.ids[5:], labels=CLASSES[5:])
+    start(tmp_path / "run", features=some, images=IMAGES)
+    assert drawn == [((235, 4, 4), 235, 235)]
 
 
 def test_images_that_are_gone_at_the_end_cost_the_picture_alone(tmp_path):

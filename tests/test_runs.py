@@ -166,6 +166,8 @@ def test_plan(images, monkeypatch, tmp_path):
     assert run_dir == tmp_path / "mine" / "a"
     with pytest.raises(ValueError, match="batch_size=4000"):
         plan_run(JobConfig(), TrainConfig(batch_size=4000), images)
+    sizes = [plan_run(JobConfig(image_size=size), TrainConfig(), images)[1] for size in (4, None)]
+    assert sizes[0] != sizes[1]
 
 
 def test_summary(finished):
@@ -173,6 +175,13 @@ def test_summary(finished):
     text = summary(run_dir)
     for part in ("acc", "nmi", "anmi", "ari", "k-means", "final_results.json", "clusters.png"):
         assert part in text
+
+
+def test_no_summary_of_an_unfinished_run(finished, tmp_path):
+    record = json.loads((finished[1] / "final_results.json").read_text()) | {"finished": False}
+    (tmp_path / "final_results.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="holds no finished run"):
+        summary(tmp_path)
 
 
 def test_a_run_read_back_is_the_run(finished, features):

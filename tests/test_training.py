@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,9 +10,16 @@ from temi.config import TrainConfig
 from temi.data import load_images
 from temi.devices import runs_bf16
 from temi.embeddings import Features, embed
+from temi.heads import MultiHead
 from temi.metrics import cluster_accuracy
 from temi.neighbors import mutual_neighbors, search_neighbors
-from temi.steps import draw_pairs, learning_rate_at, teacher_temp_at
+from temi.steps import (
+    TrainState,
+    draw_pairs,
+    learning_rate_at,
+    teacher_temp_at,
+    training_step,
+)
 from temi.training import train
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, cluster_std=1.0, random_state=0)
@@ -157,3 +165,22 @@ def test_learning_rate():
     np.testing.assert_allclose(rates[10:], expected)
     no_warmup = dataclasses.replace(config, warmup_epochs=0)
     assert learning_rate_at(0, 5, no_warmup) == 2e-3
+
+
+def test_a_captured_state_is_left_by_the_steps_after_it():
+    config = TrainConfig(num_clusters=4, num_heads=2, batch_size=8, group_size=2, device="cpu")
+    state = TrainState.start(MultiHead(6, 4, 2, 8, 4), config.weight_decay)
+    views = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+    training_step(state, views, config, 1e-3)
+    captured = state.capture()
+    before = copy.deepcopy(captured)
+    state.restore(captured)
+    training_step(state, views, config, 1e-3)
+    for part in ("student", "teacher"):
+        for name, tensor in before[part].items():
+            assert torch.equal(captured[part][name], tensor)
+    for index, moments in before["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(captured["optimizer"]["state"][index][name], tensor)
+    state.restore(captured)
+    assert state.marginal.data_ptr() != captured["marginal"].data_ptr()
