@@ -113,6 +113,14 @@ class ImageSet:
     def rows(self, ids: Sequence[str]) -> list[int]:
         """Row of each of these ids.
 
+        Parameters
+        ----------
+        ids : sequence of str
+
+        Returns
+        -------
+        list of int
+
         Raises
         ------
         ValueError
@@ -126,6 +134,14 @@ class ImageSet:
 
     def keep(self, ids: Sequence[str]) -> "ImageSet":
         """Only the images of these ids, in the order in which they stand here.
+
+        Parameters
+        ----------
+        ids : sequence of str
+
+        Returns
+        -------
+        ImageSet
 
         Raises
         ------

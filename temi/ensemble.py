@@ -125,10 +125,19 @@ def vote(
 
 
 def loss_weights(head_losses: np.ndarray) -> np.ndarray:
-    """Weights [H] of heads by their losses [H], of mean 1: a head of lower loss counts for more.
+    """Weights of heads by their losses: a head of lower loss counts for more.
 
     One standard deviation of the losses more is a factor of 1/e less, so that the weights do not
     depend on the scale of the losses, which differs with K and beta.
+
+    Parameters
+    ----------
+    head_losses : array [H] of float
+
+    Returns
+    -------
+    ndarray [H], float64
+        Of mean 1.
     """
     losses = np.asarray(head_losses, dtype=np.float64)
     spread = losses.std() or 1.0
@@ -137,7 +146,17 @@ def loss_weights(head_losses: np.ndarray) -> np.ndarray:
 
 
 def agreement_between_heads(aligned_labels: np.ndarray) -> np.ndarray:
-    """Share of images [H, H] that each pair of aligned heads puts into the same cluster."""
+    """Share of images that each pair of aligned heads puts into the same cluster.
+
+    Parameters
+    ----------
+    aligned_labels : ndarray [H, N] of int
+        Cluster of each image under each head, in common numbers.
+
+    Returns
+    -------
+    ndarray [H, H], float64
+    """
     return np.stack([(aligned_labels == labels).mean(axis=1) for labels in aligned_labels])
 
 

@@ -111,7 +111,24 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         self.verbose = verbose
 
     def fit(self, X, y=None):
-        """Train on the rows of ``X`` [N, D]; ``y`` is not read."""
+        """Train on rows.
+
+        Parameters
+        ----------
+        X : array-like [N, D]
+            N at least 2; converted to float64.
+        y : ignored
+
+        Returns
+        -------
+        TEMI
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            If rows or settings do not fit, as scikit-learn or :class:`temi.TrainConfig` says.
+        """
         x = _with_directions(validate_data(self, X, dtype=np.float64, ensure_min_samples=2))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if not isinstance(self.n_clusters, (int, np.integer)) or not (
@@ -159,10 +176,18 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         return dataclasses.replace(config, **cut)
 
     def predict(self, X):
-        """Cluster [N], int64, of each row by vote of the heads, as in ``labels_``.
+        """Cluster of each row by vote of the heads, as in ``labels_``.
 
         A row that the heads put into a cluster without rows goes to the most probable of those
         that have some.
+
+        Parameters
+        ----------
+        X : array-like [N, D]
+
+        Returns
+        -------
+        ndarray [N], int64
         """
         x = self._rows(X)
         if self.run_ is None:
@@ -175,7 +200,16 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         )
 
     def predict_proba(self, X):
-        """Probability [N, ``n_clusters_``], float64, of each cluster: the mean over heads."""
+        """Probability of each cluster: the mean over heads.
+
+        Parameters
+        ----------
+        X : array-like [N, D]
+
+        Returns
+        -------
+        ndarray [N, n_clusters_], float64
+        """
         return self._probs(self._rows(X))
 
     def transform(self, X):
@@ -188,6 +222,15 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         :func:`temi.neighbor_information` of the probabilities of ``X``, over its ten
         nearest neighbours within ``X``. Higher is better; at most log K, so that it compares
         settings of one number of clusters. 0 for a single row.
+
+        Parameters
+        ----------
+        X : array-like [N, D]
+        y : ignored
+
+        Returns
+        -------
+        float
         """
         x = self._rows(X)
         if len(x) == 1 or self.run_ is None:

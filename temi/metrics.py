@@ -55,6 +55,10 @@ def matched_counts(
         Order the classes so that those whose images fall into the same clusters stand side by side
         (leaves of an average-linkage tree, cosine distance between the rows of counts); else they
         keep their numbers' order.
+
+    Returns
+    -------
+    DataFrame of int, classes by clusters
     """
     counts = pd.crosstab(np.asarray(classes), np.asarray(labels))  # a Series brings an index
     if by_similarity and len(counts) > 2:
@@ -77,6 +81,11 @@ def purity(labels: np.ndarray, classes: np.ndarray) -> float:
     The many-to-one accuracy: several clusters may stand for one class, so it is the score to read
     where there are more clusters than classes. It never falls as clusters are split: with one
     image a cluster it is 1. The one-to-one score is the accuracy that :func:`temi.evaluate` gives.
+
+    Parameters
+    ----------
+    labels, classes : array [N] of int
+        Cluster and class of each image.
     """
     return float(contingency_matrix(classes, labels).max(axis=0).sum() / len(labels))
 
@@ -88,9 +97,17 @@ def _right(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def class_recall(labels: np.ndarray, classes: np.ndarray) -> pd.Series:
-    """Share of each class's images that are in the cluster matched with it, by class.
+    """Share of each class's images that are in the cluster matched with it.
 
-    0 for a class that :func:`match_clusters` leaves without a cluster.
+    Parameters
+    ----------
+    labels, classes : array [N] of int
+        Cluster and class of each image.
+
+    Returns
+    -------
+    Series of float, by class
+        0 for a class that :func:`match_clusters` leaves without a cluster.
     """
     return pd.Series(_right(labels, classes)).groupby(np.asarray(classes)).mean()
 
@@ -160,6 +177,11 @@ def stability(clusterings: Sequence[np.ndarray]) -> float:
     Of runs that differ in their seed alone: 1 where all find the same groups, near 0 where they
     have nothing in common.
 
+    Parameters
+    ----------
+    clusterings : sequence of array [N] of int
+        Cluster of each image in each of them; two or more.
+
     Raises
     ------
     ValueError
@@ -210,6 +232,11 @@ def neighbor_information(probs: np.ndarray, neighbors: np.ndarray) -> float:
         Probability of each cluster, as from :meth:`temi.Run.predict_proba`, or the clusters.
     neighbors : ndarray [N, k] of int
         Rows of each image's neighbours, itself left out.
+
+    Returns
+    -------
+    float
+        In nats.
     """
     if probs.ndim == 1:
         partners = probs[neighbors].ravel()

@@ -113,7 +113,17 @@ class Run:
         return int(self.head_losses.argmin())
 
     def predict_heads(self, features: Features | np.ndarray) -> np.ndarray:
-        """Cluster of each row of embeddings [N, D] under each head [H, N], in common numbers."""
+        """Cluster of each row of embeddings under each head, in common numbers.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D]
+            As for :meth:`predict`.
+
+        Returns
+        -------
+        ndarray [H, N], int16 (int32 of more than 32,768 clusters)
+        """
         labels = ensemble.head_labels(self.teacher, self.inputs(features))
         return ensemble.relabel(labels, self.alignment)
 
@@ -144,12 +154,34 @@ class Run:
         return self.vote(features)[0]
 
     def vote(self, features: Features | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What :meth:`predict` gives for embeddings, and the share of heads behind each [N]."""
+        """Cluster of each row of embeddings, and how many heads are behind it.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D]
+            As for :meth:`predict`.
+
+        Returns
+        -------
+        labels : ndarray [N], int64
+        agreement : ndarray [N], float64
+            Share of heads, 1 / H to 1.
+        """
         heads = self.predict_heads(features)
         return ensemble.vote(heads, self.config.num_clusters, self.best_head)
 
     def predict_proba(self, features: Features | np.ndarray) -> np.ndarray:
-        """Mean over heads of the aligned teacher probabilities [N, K], in the teacher's dtype."""
+        """Mean over heads of the aligned teacher probabilities.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D]
+            As for :meth:`predict`.
+
+        Returns
+        -------
+        ndarray [N, K], of the teacher's dtype
+        """
         return torch.cat(list(self.mean_probs(features))).numpy()
 
     def soft_consensus(
@@ -177,12 +209,39 @@ class Run:
     def mean_probs(
         self, features: Features | np.ndarray, weights: np.ndarray | None = None
     ) -> Iterator[Tensor]:
-        """What :meth:`predict_proba` gives, some images at a time; ``weights`` of the heads."""
+        """What :meth:`predict_proba` gives, some images at a time.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D]
+            As for :meth:`predict`.
+        weights : ndarray [H], optional
+            Of the heads; None: equal.
+
+        Yields
+        ------
+        Tensor [chunk, K]
+        """
         x, temperature = self.inputs(features), self.config.teacher_temp
         return ensemble.mean_probs(self.teacher, x, self.alignment, temperature, weights)
 
     def inputs(self, features: Features | np.ndarray) -> Tensor:
-        """Rows of embeddings [N, D] as the heads see them: normalised, projected [N, D or P]."""
+        """Rows of embeddings as the heads see them: normalised, and projected.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D]
+            As for :meth:`predict`.
+
+        Returns
+        -------
+        Tensor [N, D], or [N, P] with P principal components
+
+        Raises
+        ------
+        ValueError
+            If the rows are not as wide as those trained on, or not finite.
+        """
         dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
         how, mean, axes = self.config.normalize, self.mean, self.axes
         x = as_array(features)
@@ -279,7 +338,14 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
 def summary(run_dir: str | Path) -> str:
     """The four scores of a finished run, and where its files are, in a few lines.
 
-    ``run_dir`` is relative to the current folder, else to :func:`temi.files.home`.
+    Parameters
+    ----------
+    run_dir : path
+        Relative to the current folder, else to :func:`temi.files.home`.
+
+    Returns
+    -------
+    str
 
     Raises
     ------
