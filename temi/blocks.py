@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from temi.files import whole_file, write_json
+from temi.files import read_json, whole_file, write_json
 
 PARTS = "parts"
 MOST = 256  # blocks, and so processes that can share the work, unless the next allows more
@@ -96,7 +96,7 @@ class Blocks:
     def log(self, block: int) -> dict | None:
         """The log of a block; None where there is none, or the rows that it names are not there."""
         try:
-            log: dict[str, Any] = json.loads(self._file(block, "json").read_text())
+            log: dict[str, Any] = read_json(self._file(block, "json"))
             whole = not kept(log) or self._file(block, "rows").stat().st_size >= self._bytes(log)
         except FileNotFoundError:
             return None

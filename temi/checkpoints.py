@@ -177,10 +177,10 @@ def newest(folder: Path) -> tuple[Path, dict] | None:
 
 def up_to(source: Path) -> list[Path]:
     """The checkpoints beside one that are no later than it; damaged ones say nothing of that."""
-    found = []
+    found, last = [], position_of(source)
     for path in source.parent.glob("checkpoint_*.pth"):
         with contextlib.suppress(CheckpointError):
-            if position_of(path) <= position_of(source):
+            if position_of(path) <= last:
                 found.append(path)
     return found
 

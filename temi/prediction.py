@@ -81,11 +81,11 @@ def predict_images(
             raise ValueError(f"split={split!r}: images that are loaded already take none")
     else:
         images = load_images(images, split=split, data_dir=data_dir)
-    if (
-        images.name == manifest["dataset"]
-        and images.fingerprint != spaces[0]["dataset_fingerprint"]
-    ):  # the same folder, with others in it: the run's embeddings are to stay
-        images = replace(images, name=f"{images.name} ({images.fingerprint[:8]})")
+    if images.name == manifest["dataset"]:
+        fingerprint = images.fingerprint
+        if fingerprint != spaces[0]["dataset_fingerprint"]:
+            # the same folder, with others in it: the run's embeddings are to stay
+            images = replace(images, name=f"{images.name} ({fingerprint[:8]})")
     size = spaces[0].get("image_size")
     weights = weights or spaces[0].get("weights_file")
     for space in spaces:
