@@ -25,7 +25,7 @@ def match_clusters(labels: np.ndarray, classes: np.ndarray) -> dict[int, int]:
 
     Parameters
     ----------
-    labels, classes : array [N] of int
+    labels, classes : array [N] of int, or of texts
         Cluster and class of each image.
 
     Returns
@@ -35,8 +35,8 @@ def match_clusters(labels: np.ndarray, classes: np.ndarray) -> dict[int, int]:
     """
     counts = contingency_matrix(classes, labels)  # (classes, clusters)
     rows, columns = linear_sum_assignment(counts, maximize=True)
-    class_ids, cluster_ids = np.unique(classes), np.unique(labels)
-    return {int(cluster_ids[c]): int(class_ids[r]) for r, c in zip(rows, columns, strict=True)}
+    class_ids, cluster_ids = np.unique(classes).tolist(), np.unique(labels).tolist()
+    return {cluster_ids[c]: class_ids[r] for r, c in zip(rows, columns, strict=True)}
 
 
 def matched_counts(

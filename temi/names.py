@@ -80,12 +80,18 @@ def _end(cluster: int, merged: dict[int, int], source: str) -> int:
 
 
 def check_columns(table: pd.DataFrame, *names: str) -> None:
-    """Raise a ValueError if a table lacks a column of :func:`temi.assignments`."""
+    """Raise a ValueError unless a table has these columns as :func:`temi.assignments` has them."""
     if missing := [name for name in names if name not in table]:
         raise ValueError(
             f"table: has no {', '.join(missing)}; a table of temi.assignments has, "
             "and so have the files of temi.write_assignments"
         )
+    for name in {"cluster", "second_choice"}.intersection(names):
+        if not pd.api.types.is_integer_dtype(table[name]):  # pandas turns gaps into float
+            raise ValueError(
+                f"table: {name} is {table[name].dtype}; whole numbers are allowed, "
+                f"such as table[{name!r}].astype('int64')"
+            )
 
 
 def apply_names(

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from temi.embeddings import Features
 from temi.files import RESULTS, SETTINGS, whole_file, write_json
 from temi.image_files import UnreadableImageError
 from temi.results import best_epoch, final_results
-from temi.rundirs import Place, settle, stage
+from temi.rundirs import Place, locked, settle, stage
 from temi.runs import Run
 
 LOGS = "logs"
@@ -30,8 +31,8 @@ class Record:
     """Keeps a run that grows, in the folder of its :class:`temi.rundirs.Place`.
 
     Within this context checkpoints are written by a thread of their own, from states that nothing
-    changes any more; the next one waits for the one before. Where the place is None, nothing is
-    written.
+    changes any more; the next one waits for the one before; and no other process may train there.
+    Where the place is None, nothing is written.
 
     Parameters
     ----------
@@ -54,15 +55,22 @@ class Record:
         self.pool, self.pending = ThreadPoolExecutor(max_workers=1), Future()
         self.pending.set_result(None)
         self._writer: Any = None
-        if self.folder is None:
+        self._lock = ExitStack()
+        if place.run_dir is None or self.folder is None:
             return
         self.checkpoints = self.folder / checkpoints.FOLDER
-        path, content = resumed or (None, None)
+        with ExitStack() as unless_begun:
+            unless_begun.enter_context(locked(place.run_dir))
+            self._open(settings, *resumed or (None, None))
+            self._lock = unless_begun.pop_all()
+
+    def _open(self, settings: dict, path: Path | None, content: dict | None) -> None:
+        """A folder with settings and the checkpoint that the run goes on from."""
         if path is None or self.folder not in path.parents:
             self._begin(path, settings)
         write_json(self.folder / SETTINGS, settings)
         self.checkpoints.mkdir(exist_ok=True)
-        if path is not None:
+        if path is not None and content is not None:
             if path.name != checkpoints.LATEST:
                 latest = self.checkpoints / checkpoints.LATEST
                 checkpoints.link(path, latest)
@@ -95,7 +103,8 @@ class Record:
         return self
 
     def __exit__(self, kind, error, _) -> None:
-        self.close(quietly=error is not None)
+        with self._lock:
+            self.close(quietly=error is not None)
 
     def close(self, quietly: bool = False) -> None:
         """Finish what is being written; fail if that failed, unless ``quietly``."""

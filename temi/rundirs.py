@@ -10,11 +10,17 @@ hidden directory ``.NAME.part``, and takes its place when finished. An unfinishe
 ``overwrite=True`` alone. With the path of another run's checkpoint a new run starts where that one
 was, with links to its checkpoints and a copy of its logs; so does ``resume="auto"`` in the
 directory of a finished run, which is how that run gets more epochs.
+
+One process at a time trains in a run directory: ``.NAME.lock`` beside it says so while it does.
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from temi import checkpoints
 from temi.config import RunOptions, TrainConfig
@@ -90,6 +96,11 @@ def plan_run(
         del settings["batch_size"]
         resolved = replace(resolved, batch_size=config.batch_size)
     find_place(run_dir, settings, job)
+    if stage(run_dir) == "finished" and not (job.resume or job.overwrite):
+        before = read_json(run_dir / RESULTS)["provenance"]["features"].get("job", {})
+        now = dict.fromkeys(before) | job.source
+        holds = f"run_dir={str(run_dir)!r}: holds a run with"
+        _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
     return resolved, run_dir
 
 
@@ -133,8 +144,8 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
     ------
     ValueError
         One line, if the directory holds something else than a run, a run of other settings or an
-        unfinished one and neither ``resume`` nor ``overwrite`` says what to do with it; or if
-        there is no checkpoint at ``resume``.
+        unfinished one and neither ``resume`` nor ``overwrite`` says what to do with it; if there
+        is no checkpoint at ``resume``; or if another process trains there.
     """
     resume = None if options.resume in (None, "auto") else _find_file(options.resume)
     if run_dir is None:
@@ -142,6 +153,9 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
     run_dir = Path(run_dir).expanduser().resolve()
+    if lock_of(run_dir).exists():  # a killed process leaves the file, but not the lock
+        with locked(run_dir):
+            pass
     settle(run_dir)
     standing = stage(run_dir)
     folder = part_of(run_dir) if standing == "finished" else run_dir
@@ -171,6 +185,40 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
 def part_of(run_dir: Path) -> Path:
     """Where the successor of a finished run grows."""
     return run_dir.with_name(f".{run_dir.name}.part")
+
+
+def lock_of(run_dir: Path) -> Path:
+    """File that is locked while a process trains in a run directory."""
+    return run_dir.with_name(f".{run_dir.name}.lock")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes, also of other machines, out of a run directory.
+
+    The end of this process, a kill included, opens it to them.
+
+    Raises
+    ------
+    ValueError
+        If another process has locked it.
+    """
+    path = lock_of(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"run_dir={str(run_dir)!r}: another process trains there; give another run_dir, or "
+            f"wait for its end (if there is none, remove {path})"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(PermissionError):  # on Windows, where the release removes it
+            path.unlink(missing_ok=True)
+        lock.release()
 
 
 def settle(run_dir: Path) -> None:

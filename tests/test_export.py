@@ -464,6 +464,9 @@ def test_a_table_of_another_kind_is_refused_in_one_line(photos, run, tmp_path):
     with pytest.raises(ValueError, match="table: has no path, second_choice, confidence, distance"):
         temi.write_gallery(tmp_path / "page.html", other, images)
     assert not list(tmp_path.glob("*.html"))
+    gaps = pd.DataFrame({"path": images.ids, "cluster": 0.0})
+    with pytest.raises(ValueError, match=r"cluster is float64; .* table\['cluster'\]\.astype"):
+        temi.sort_images(gaps, images, tmp_path / "sorted")
 
 
 def test_names_that_are_numbers_survive_a_file(photos, tmp_path):

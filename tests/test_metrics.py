@@ -62,6 +62,9 @@ def test_matching():
         4: 1,
         9: 0,
     }
+    texts = np.array(["dog", "dog", "dog", "cat"])
+    assert match_clusters(np.array([1, 1, 0, 0]), texts) == {1: "dog", 0: "cat"}
+    assert class_recall(np.array([1, 1, 0, 0]), texts)["dog"] == pytest.approx(2 / 3)
 
 
 def test_matched_counts_have_what_is_right_on_the_diagonal():

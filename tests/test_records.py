@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shutil
 from importlib.resources import files
+from unittest.mock import Mock
 
 import jsonschema
 import numpy as np
@@ -17,7 +18,7 @@ from temi.checkpoints import BEST, LATEST
 from temi.config import TrainConfig
 from temi.data import ImageSet, load_images
 from temi.embeddings import Features
-from temi.rundirs import differences, part_of
+from temi.rundirs import differences, lock_of, part_of
 from temi.runs import list_runs, load_run
 from temi.training import train
 
@@ -143,6 +144,43 @@ def test_a_run_that_another_process_has_begun_meanwhile_stays(options, monkeypat
     with pytest.raises(ValueError, match="another process has begun a run there meanwhile"):
         start(tmp_path / "run", **options)
     assert len(results(tmp_path / "run")["history"]) == 3
+
+
+@pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}])
+@pytest.mark.parametrize("finished_before", [False, True])
+def test_a_run_that_grows_is_closed_to_others(finished_before, options, monkeypatch, tmp_path):
+    run_dir, step, refused = tmp_path / "run", temi_step(), []
+    if finished_before:
+        start(run_dir)
+
+    def meanwhile(*arguments):
+        if not refused:
+            with pytest.raises(ValueError, match="another process trains there") as why:
+                start(run_dir, **options)
+            refused.append(why)
+        return step(*arguments)
+
+    monkeypatch.setattr("temi.state.training_step", meanwhile)
+    start(run_dir)
+    assert refused
+    assert len(results(run_dir)["history"]) == 5
+    start(run_dir, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_process_left_of_its_lock_closes_nothing(monkeypatch, tmp_path):
+    lock_of(tmp_path / "run").touch()
+    cut_short(tmp_path / "run", monkeypatch)
+    start(tmp_path / "run", resume="auto")
+
+
+def test_a_run_that_could_not_begin_leaves_no_lock(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr("temi.records.write_json", Mock(side_effect=OSError("planted")))
+        with pytest.raises(OSError, match="planted") as why:
+            start(tmp_path / "run")
+    assert why.tb  # whose frames keep the record alive, as a notebook's last error does
+    start(tmp_path / "run")
 
 
 def test_a_run_that_was_killed_before_it_had_a_folder_of_checkpoints_starts_anew(tmp_path):

@@ -170,6 +170,17 @@ def test_plan(images, monkeypatch, tmp_path):
     assert sizes[0] != sizes[1]
 
 
+def test_a_finished_run_of_other_sources_is_not_replaced_unasked(images, tmp_path):
+    job = JobConfig(run_dir=str(tmp_path / "run"), data_dir=str(tmp_path))
+    config, run_dir = plan_run(job, QUICK, images)
+    train(job.embed(images, config), config, run_dir=run_dir, progress=False)
+    plan_run(job, QUICK, images)  # once more the same
+    smaller = dataclasses.replace(job, image_size=4)
+    with pytest.raises(ValueError, match=r"holds a run with image_size=None \(now 4\); give overw"):
+        plan_run(smaller, QUICK, images)
+    plan_run(dataclasses.replace(smaller, overwrite=True), QUICK, images)
+
+
 def test_summary(finished):
     _, run_dir = finished
     text = summary(run_dir)
