@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import numpy as np
 from pydantic import BaseModel, Field, ValidationError, create_model
 from pydantic_settings import (
     BaseSettings,
@@ -23,7 +22,7 @@ from temi import distributed
 from temi.config import RECIPES, TrainConfig
 from temi.data import holds_embeddings
 from temi.extraction import ExtractionConfig
-from temi.files import SETTINGS, check_writable, read_json, readable_path
+from temi.files import RESULTS, SETTINGS, check_writable, read_json, readable_path
 from temi.parameters import JobConfig
 
 if TYPE_CHECKING:
@@ -135,12 +134,11 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         )
         if self.sort:
             temi.sort_images(table, shown, out / "sorted", how=self.sort)
-        sizes = np.bincount(run.labels, minlength=int(run.config.num_clusters))
         return {
             "images": len(features),
             "unreadable": len(images) - len(features),
             "clusters": run.config.num_clusters,
-            "sizes": sizes.tolist(),
+            "sizes": temi.cluster_statistics(run.labels, run.config.num_clusters)["sizes"],
             "mean_agreement": round(float(run.agreement.mean()), 4),
             "files": sorted(str(path) for path in out.iterdir()),
         }
@@ -197,7 +195,7 @@ class Train(Summary, Training, Source):
         images = data if isinstance(data, temi.ImageSet) else None
         features = job.embed(data, config)
         temi.train(features, config, images=images, run_dir=run_dir, **job.options)
-        results = read_json(run_dir / "final_results.json")
+        results = read_json(run_dir / RESULTS)
         return {
             "metrics": results["metrics"],
             "kmeans": results["kmeans"],

@@ -78,6 +78,11 @@ class Blocks:
         wanted = min(LARGEST, -(-self.num_rows // MOST))
         return -(-wanted // self.batch_size) * self.batch_size
 
+    @property
+    def gone(self) -> bool:
+        """Whether another process has joined the blocks."""
+        return not self.folder.exists()
+
     def __len__(self) -> int:
         return -(-self.num_rows // self.size)
 
@@ -110,22 +115,29 @@ class Blocks:
         """Put rows on disk, and after that the log that says so.
 
         ``parts`` are pairs of a place among the block's embeddings and what stands from there on:
-        written twice, they are the same.
+        written twice, they are the same. Nothing is written once somebody has joined the blocks.
         """
-        if parts:
-            path = self._file(block, "rows")
-            try:
-                path.touch()
-                with open(path, "r+b") as file:
-                    for place, x in parts:
-                        file.seek(place * x.shape[1] * x.itemsize)
-                        file.write(x.tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                kept = "what was embedded before is kept, and the same command goes on"
-                raise OSError(error.errno, f"{error.strerror}; {kept}", str(path)) from error
-        write_json(self._file(block, "json"), log)
+        try:
+            if parts:
+                self._write(block, parts)
+            write_json(self._file(block, "json"), log)
+        except FileNotFoundError:
+            if not self.gone:
+                raise
+
+    def _write(self, block: int, parts: list[tuple[int, np.ndarray]]) -> None:
+        path = self._file(block, "rows")
+        try:
+            path.touch()
+            with open(path, "r+b") as file:
+                for place, x in parts:
+                    file.seek(place * x.shape[1] * x.itemsize)
+                    file.write(x.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            kept = "what was embedded before is kept, and the same command goes on"
+            raise OSError(error.errno, f"{error.strerror}; {kept}", str(path)) from error
 
     def remove(self, block: int) -> None:
         """Start a block anew."""

@@ -243,7 +243,9 @@ class TrainConfig:
             raise ValueError(
                 "num_clusters=None: these images have no known classes; give a whole number from 2"
             )
-        if given_neighbors is not None and self.num_neighbors not in (None, given_neighbors):
+        recipes = RECIPES[self.recipe].get("num_neighbors")  # which nobody may have asked for
+        allowed = (None, recipes, given_neighbors)
+        if given_neighbors is not None and self.num_neighbors not in allowed:
             raise ValueError(
                 f"num_neighbors={self.num_neighbors}: {given_neighbors} is allowed, as the "
                 "neighbours given are so many"

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from temi.backbones import DINOV2, named_size, spaces
+from temi.backbones import BACKBONES, named_size, spaces
 from temi.config import TrainConfig
+from temi.neighbors import EXACT_UP_TO
 
 
 class Hardware(NamedTuple):
@@ -79,7 +80,6 @@ ARCHITECTURES = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "g": (1536, 40
 """Width and depth of DINOv2's networks (Oquab et al., 2023, appendix B)."""
 
 _LITE0_FLOPS, _LITE0_WEIGHTS, _LITE0_DIM = 2 * 407e6, 4.7e6, 1280  # its authors' README, 224 pixels
-_EXACT_UP_TO = 250_000  # neighbors.EXACT_UP_TO, whose module loads torch
 _BASE_GB = 0.4  # Python and torch themselves
 _SIMILARITIES_GB = 0.27  # a chunk of them, and what is made of it: see neighbors.LARGEST
 _HIDDEN, _BOTTLENECK = 512, 256  # of a head
@@ -222,9 +222,8 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _check_backbone(name: str) -> None:
-    known = ("pixels", "efficientnet_lite0", *DINOV2)
-    if name not in known:
-        allowed = ", ".join(map(repr, known))
+    if name not in BACKBONES:
+        allowed = ", ".join(map(repr, BACKBONES))
         raise ValueError(f"backbone={name!r}: the operations of {allowed} are known, no others")
 
 
@@ -264,7 +263,7 @@ def _power_law(stage: str, num_images: int) -> float:
 
 def _search_seconds(num_images: int, width: int, hardware: str) -> float:
     """Of all rows, whose numbers are fp32: approximate of many on a CPU, else exact."""
-    approximate = hardware == "cpu" and num_images > _EXACT_UP_TO
+    approximate = hardware == "cpu" and num_images > EXACT_UP_TO
     seconds = _power_law("approximate-search" if approximate else "exact-search", num_images)
     return seconds * width / 256 * HARDWARE["cpu"].fp32 / HARDWARE[hardware].fp32
 
@@ -306,7 +305,7 @@ def _memory(
     """GB of each stage: what an image has in each of the arrays that stand beside each other."""
     heads, k = config.num_heads, config.num_neighbors
     row = 4 * width
-    approximate = on_cpu and num_images > _EXACT_UP_TO
+    approximate = on_cpu and num_images > EXACT_UP_TO
     bytes_per_image = {
         # rows, normalised, and padded or in the index; ids and similarities (and copies of them)
         "neighbours": 3 * row + (3 if approximate else 1) * 12 * k,

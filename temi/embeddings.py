@@ -23,11 +23,11 @@ from temi.data import ImageSet
 from temi.distributed import any_of, from_first, is_first, wait_for_all
 from temi.extraction import ExtractionConfig, extract, unreadable_error
 from temi.files import (
-    is_there,
     path_part,
     read_json,
     readable_path,
     sha256,
+    wait_until,
     writable_path,
     write_json,
     write_whole,
@@ -268,6 +268,8 @@ def _extractors(
     names = spaces(backbone)
     if weights is not None and len({named_size(name)[0] for name in names}) > 1:
         raise ValueError(f"weights={str(weights)!r}: None is allowed with several backbones")
+    if image_size is not None and all(named_size(name)[1] for name in names):
+        raise ValueError(f"image_size={image_size}: None is allowed, as {backbone!r} names a size")
     for name in names:
         yield load_backbone(name, weights=weights, image_size=image_size)
 
@@ -341,28 +343,34 @@ def _fill(
         return 0
     blocks = extract(images, backbone, folder, identity, config, force)
     wait_for_all()
-    return from_first(lambda: _publish(images, folder, blocks, complete=config.shard is None))
+    missing = from_first(lambda: _publish(images, folder, blocks, complete=config.shard is None))
+    if missing is not None:
+        return missing
+    if difference := from_first(lambda: _difference(images, folder, identity)):
+        raise OSError(f"{folder}: another process has put others there: {difference}")
+    return 0
 
 
-def _publish(images: ImageSet, folder: Path, blocks: Blocks, complete: bool) -> int:
+def _publish(images: ImageSet, folder: Path, blocks: Blocks, complete: bool) -> int | None:
     """Turn blocks into a cache if none is missing; may be interrupted and repeated at any point.
 
     Several processes may do it at the same time, even if one has removed the blocks while another
     reads them: they write the same files, each under a name of its own first. Returns how many
-    images are missing. Where the blocks should be ``complete``, the file system may take its time
-    to show them.
+    images are missing, None if another process has joined the blocks. Where they should be
+    ``complete``, the file system may take its time to show them.
     """
     if complete:
-        is_there(lambda: not blocks.missing(blocks.logs()))
+        wait_until(lambda: blocks.gone or not blocks.missing(blocks.logs()))
     logs = blocks.logs()
     missing = blocks.missing(logs)
     try:
         if not missing:
             _join_blocks(images, folder, blocks, logs)
+            return 0
     except FileNotFoundError:
-        if blocks.folder.exists():
+        if not blocks.gone:
             raise
-    return missing if blocks.folder.exists() else 0
+    return None if blocks.gone else missing
 
 
 def _join_blocks(images: ImageSet, folder: Path, blocks: Blocks, logs: list[dict]) -> None:
@@ -397,19 +405,19 @@ def _join_blocks(images: ImageSet, folder: Path, blocks: Blocks, logs: list[dict
 
 
 def _read(images: ImageSet, folder: Path, config: ExtractionConfig) -> Features:
-    """What the cache in ``folder`` holds, after what could not be read has been said."""
+    """What the cache in ``folder`` holds, after what is left out has been said."""
     manifest = from_first(lambda: read_json(folder / MANIFEST))
     unreadable = manifest["unreadable"]
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         if config.on_error == "stop":
             raise unreadable_error(name, reason)
-        message = f"{len(unreadable)} of {len(images)} images could not be read, the first, {name}:"
+        message = f"{len(unreadable)} of {len(images)} images left out, the first, {name}:"
         message += f" {reason}; all are listed in {folder / UNREADABLE}"
         if is_first():
             warnings.warn(message, stacklevel=3)
         images = images.keep([name for name in images.ids if name not in unreadable])
-    if not is_there(lambda: read_json(folder / MANIFEST) == manifest):
+    if not wait_until(lambda: read_json(folder / MANIFEST) == manifest):
         raise OSError(f"{folder}: others than these embeddings were put there meanwhile")
     x = np.load(folder / ARRAY, mmap_mode="c")  # "c": may be written to, which stays in memory
     return Features(x, images.ids, manifest, images.labels, images.class_names)
@@ -491,22 +499,23 @@ def load_features(path: str | Path) -> Features:
                 loaded = np.load(content)
                 if isinstance(loaded, np.ndarray):
                     raise ValueError("one array, as in a .npy file")
-                arrays = dict(loaded)
+                arrays = {name: loaded[name] for name in ("X", "y") if name in loaded}
+                names = loaded.files
         else:
             arrays = {"X": np.load(file, mmap_mode="c")}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"dataset={str(path)!r}: no whole .npy or .npz file ({reason})") from error
     if "X" not in arrays:
-        raise ValueError(f"dataset={str(path)!r}: an array X is needed, not {list(arrays)}")
+        raise ValueError(f"dataset={str(path)!r}: an array X is needed, not {names}")
     x, y = arrays["X"], arrays.get("y")
     features = Features.from_array(x, dataset=str(path))
     if y is None:
         return features
     if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
         raise ValueError(f"dataset={str(path)!r}: y has {y.dtype} {y.shape}; int ({len(x)},) fits")
-    names, labels = np.unique(y, return_inverse=True)
-    class_names = tuple(map(str, names.tolist()))
+    classes, labels = np.unique(y, return_inverse=True)
+    class_names = tuple(map(str, classes.tolist()))
     return replace(features, labels=labels.astype(np.int64), class_names=class_names)
 
 

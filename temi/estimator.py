@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
@@ -16,7 +15,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from temi.config import TrainConfig
-from temi.embeddings import normalize
 from temi.metrics import neighbor_information
 from temi.neighbors import nearest_neighbors
 from temi.training import train
@@ -192,12 +190,11 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         x = self._rows(X)
         if self.run_ is None:
             return np.zeros(len(x), dtype=np.int64)
-        labels = self.run_.predict(x)
-        return np.where(
-            np.isin(labels, self._kept),
-            np.searchsorted(self._kept, labels),
-            self._probs(x).argmax(axis=1),
-        )
+        clusters = self.run_.predict(x)
+        labels = np.searchsorted(self._kept, clusters)
+        if (empty := ~np.isin(clusters, self._kept)).any():
+            labels[empty] = self._probs(x[empty]).argmax(axis=1)
+        return labels
 
     def predict_proba(self, X):
         """Probability of each cluster: the mean over heads.
@@ -235,9 +232,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         x = self._rows(X)
         if len(x) == 1 or self.run_ is None:
             return 0.0
-        run = self.run_
-        prepared = normalize(x, run.config.normalize, run.mean, run.axes)
-        neighbors, _ = nearest_neighbors(torch.from_numpy(prepared), min(10, len(x) - 1))
+        neighbors, _ = nearest_neighbors(self.run_.inputs(x), min(10, len(x) - 1))
         return neighbor_information(self._probs(x), neighbors.numpy())
 
     def _rows(self, X) -> np.ndarray:

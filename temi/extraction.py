@@ -122,7 +122,8 @@ def extract(
     Returns
     -------
     Blocks
-        Those of this process's share are done; other ranks may be at theirs still.
+        Those of this process's share are done; other ranks may be at theirs still. Or they are gone
+        (``blocks.gone``), as processes that knew nothing of this one did the same and were faster.
     """
     device = resolve_device(config.device)
     precision = from_first(lambda: "bf16" if uses_bf16(config.precision, device) else "fp32")
@@ -192,6 +193,8 @@ def extract(
             if time.monotonic() - saved > SAVE_SECONDS or waiting > SAVE_BYTES:
                 _save(blocks, logs, pending)
                 pending, saved = {}, time.monotonic()
+                if blocks.gone:
+                    break
     finally:
         bar.close()
         _save(blocks, logs, pending)

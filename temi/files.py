@@ -122,7 +122,7 @@ def check_writable(name: str, folder: Path) -> None:
         ) from error
 
 
-def is_there(look: Callable[[], bool], seconds: float = 90.0) -> bool:
+def wait_until(look: Callable[[], bool], seconds: float = 90.0) -> bool:
     """Whether ``look`` says so, now or once a network file system shows what others have written.
 
     Such a system may show a folder as it was up to a minute ago.

@@ -127,7 +127,8 @@ def apply_names(
     clusters = table["cluster"], table["second_choice"]
     known = set(range(num_clusters)) if num_clusters else {*clusters[0], *clusters[1]}
     if unknown := {*given, *merged, *merged.values()} - known:
-        remedy = "" if num_clusters else "; for a table of new images give num_clusters"
+        remedy = "; for new images give temi.apply_names(table, names, num_clusters) as the table"
+        remedy *= num_clusters is None
         raise ValueError(f"names: there is no cluster {min(unknown)} in the table{remedy}")
     cluster, second = (
         column.map(lambda c: merged.get(c, c)).astype("int64") for column in clusters

@@ -56,6 +56,7 @@ class Record:
         self.pending.set_result(None)
         self._writer: Any = None
         self._lock = ExitStack()
+        self._neighbors = resumed[1].get("neighbors") if resumed else None
         if place.run_dir is None or self.folder is None:
             return
         self.checkpoints = self.folder / checkpoints.FOLDER
@@ -148,6 +149,7 @@ class Record:
             return
         self.pending.result()
         self.pending = self.pool.submit(self._save, content)
+        self._neighbors = content["neighbors"]
         self._write(run, features, finished=False)
         entry = run.history[-1]
         number = entry["epoch"]
@@ -215,7 +217,10 @@ class Record:
                 table |= {"agreement": run.agreement[part]}
                 rows = pd.DataFrame(table)
                 rows.to_csv(file, index=False, header=start == 0, lineterminator="\n")
-        results = final_results(run, features, best_by=self.options.best_by, finished=finished)
+        results = final_results(
+            run, features, best_by=self.options.best_by, finished=finished,
+            neighbors=self._neighbors,
+        )  # fmt: skip
         if finished:
             self._log_scores(results)
         write_json(self.folder / RESULTS, results)

@@ -45,7 +45,12 @@ def best_epoch(history: list[dict], best_by: str) -> tuple[int, float]:
 
 
 def final_results(
-    run: Run, features: Features, *, best_by: str = "loss", finished: bool = True
+    run: Run,
+    features: Features,
+    *,
+    best_by: str = "loss",
+    finished: bool = True,
+    neighbors: str | None = None,
 ) -> dict:
     """Scores, history and provenance of a run, as ``final_results.schema.json`` describes them.
 
@@ -58,6 +63,8 @@ def final_results(
         How ``checkpoint_best.pth`` was chosen.
     finished : bool
         False while the run still trains: then every score is None, as without labels.
+    neighbors : str, optional
+        Checksum of the neighbours, where they were given: then no command repeats the run.
 
     Returns
     -------
@@ -112,7 +119,8 @@ def final_results(
             "machine": platform.machine(),
             "versions": _versions(),
             "seconds": run.seconds,
-            "command": _command(run, features),
+            "neighbors": neighbors,
+            "command": None if neighbors else _command(run, features),
         },
     }
 

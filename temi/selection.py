@@ -78,8 +78,8 @@ def suggest_num_clusters(
     Raises
     ------
     ValueError
-        If a candidate is below 2 or more than a half has images, or there are fewer than 40 images
-        to choose candidates for.
+        If a candidate is below 2 or more than a half has images, there are fewer than 40 images to
+        choose candidates for, or too many of them are the same.
 
     References
     ----------
@@ -115,6 +115,8 @@ def suggest_num_clusters(
             for part in (order[:half], order[half:]):
                 model = KMeans(clusters, n_init=1, random_state=state).fit(x[part])
                 said.append(model.predict(x))
+            if min(len(np.unique(labels)) for labels in said) == 1:
+                raise ValueError("too many images are the same to choose by; give num_clusters")
             silhouettes += [silhouette(x, labels, seed=seed) for labels in said]
             agreements.append(adjusted_mutual_info_score(*said))
         curve.append(

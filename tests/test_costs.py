@@ -118,7 +118,6 @@ def test_settings_of_the_training_count():
 
 
 def test_a_cpu_searches_exactly_as_long_as_the_search_does():
-    assert costs._EXACT_UP_TO == neighbors.EXACT_UP_TO
     below, above = (
         temi.estimate_costs(n)["seconds"]["neighbours"]
         for n in (neighbors.EXACT_UP_TO, neighbors.EXACT_UP_TO + 1)

@@ -125,6 +125,10 @@ def test_one_backbone_at_two_sizes(images, tmp_path):
     np.testing.assert_array_equal(again.x, found.x)
     with pytest.raises(ValueError, match="weights='w': backbone='pixels@4' takes none"):
         embed(images, "pixels@4+pixels@6", weights="w")  # of one network, which may take some
+    with pytest.raises(ValueError, match="image_size=8: None is allowed, as 'pixels@4' names"):
+        embed(images, "pixels@4", image_size=8)
+    joined = embed(images, "pixels@4+pixels", image_size=6, data_dir=tmp_path / "b")
+    assert joined.x.shape[1] == 16 + 36
 
 
 def test_a_file_of_own_embeddings(tmp_path):
@@ -137,6 +141,8 @@ def test_a_file_of_own_embeddings(tmp_path):
     labelled = load_features(str(tmp_path / "xy.npz"))
     assert labelled.class_names == ("5", "6", "7")
     np.testing.assert_array_equal(labelled.labels, np.arange(30) % 3)
+    np.savez(tmp_path / "more.npz", X=x, names=np.array([None], dtype=object))
+    np.testing.assert_array_equal(load_features(tmp_path / "more.npz").x, x)
     np.savez(tmp_path / "bad.npz", X=x, y=np.arange(29))
     with pytest.raises(ValueError, match=r"y has int64 \(29,\); int \(30,\) fits"):
         load_features(tmp_path / "bad.npz")
@@ -211,10 +217,10 @@ def test_spaces_are_joined_by_image(tmp_path):
     place = dict(data_dir=tmp_path / "data", progress=False, dtype="float32")
     loaded = load_images(str(folder))
     names = ("pixels@4", "efficientnet_lite0@32")
-    with pytest.warns(UserWarning, match="1 of 6 images could not be read"):
+    with pytest.warns(UserWarning, match="1 of 6 images left out"):
         pixels = embed(loaded, names[0], **place)
     network = embed(loaded, names[1], **place)
-    with pytest.warns(UserWarning, match="1 of 6 images could not be read"):
+    with pytest.warns(UserWarning, match="1 of 6 images left out"):
         both = embed(loaded, "+".join(names), **place)
     assert (len(pixels), len(network)) == (5, 6)
     assert list(both.ids) == list(pixels.ids) == [f"{n}.png" for n in (0, 1, 3, 4, 5)]

@@ -123,7 +123,7 @@ def test_a_whole_block_of_unreadable_images(folder, tmp_path, use):
     for row in range(8):
         (folder / f"{row:03d}.png").write_bytes(b"no image")
     given = options(tmp_path / "broken")
-    with pytest.warns(UserWarning, match="8 of 60 images could not be read"):
+    with pytest.warns(UserWarning, match="8 of 60 images left out"):
         features = embed(load_images(str(folder)), "tiny", **given)
     np.testing.assert_array_equal(features.x, expected.x[8:])
 
@@ -134,7 +134,7 @@ def test_unreadable_images_are_left_out_and_listed(folder, tmp_path, use):
     for name in ("017.png", "040.png"):
         (folder / name).write_bytes(b"no image")
     images = load_images(str(folder), labels=None)
-    with pytest.warns(UserWarning, match=r"2 of 60 images could not be read, the first, 017\.png"):
+    with pytest.warns(UserWarning, match=r"2 of 60 images left out, the first, 017\.png"):
         features = embed(images, "tiny", **options(tmp_path))
     kept = [row for row in range(60) if row not in (17, 40)]
     np.testing.assert_array_equal(features.x, expected.x[kept])
@@ -262,6 +262,50 @@ def test_a_stop_while_the_cache_is_written_loses_nothing(
     embed(images, "tiny", **options(tmp_path))
     assert backbone.model.calls == 0
     assert stored(tmp_path) == stored(tmp_path / "whole")
+
+
+@pytest.fixture
+def overtaken(folder, monkeypatch):
+    """Let another process embed the images during the first forward pass of this one."""
+
+    def prepare(**given):
+        forward, others = Tiny.forward, [given]
+
+        def late(self, x):
+            if others:
+                embed(load_images(str(folder)), "tiny", **others.pop())
+            return forward(self, x)
+
+        monkeypatch.setattr(Tiny, "forward", late)
+        monkeypatch.setattr(embeddings, "wait_until", lambda look: look() or pytest.fail("waits"))
+
+    return prepare
+
+
+@pytest.mark.parametrize("save_seconds", [0.0, 100.0])
+def test_a_process_that_another_was_faster_than_takes_its_embeddings(
+    save_seconds, folder, tmp_path, use, monkeypatch, overtaken
+):
+    use(tiny())
+    images = load_images(str(folder))
+    embed(images, "tiny", **options(tmp_path / "whole"))
+    backbone = use(tiny())
+    monkeypatch.setattr(extraction, "SAVE_SECONDS", save_seconds)
+    overtaken(**options(tmp_path))
+    assert embed(images, "tiny", **options(tmp_path)).x.shape == (60, 5)
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+    assert not list(tmp_path.rglob("cache/**/parts"))
+    batches = -(-60 // options(tmp_path)["batch_size"])
+    assert backbone.model.calls == batches + (1 if save_seconds == 0 else batches)
+
+
+def test_embeddings_that_another_process_has_put_there_meanwhile_are_held_against_what_is_wanted(
+    folder, tmp_path, use, overtaken
+):
+    use(tiny())
+    overtaken(**options(tmp_path) | {"dtype": "float32"})
+    with pytest.raises(OSError, match="another process has put others there: dtype"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path) | {"dtype": "float16"})
 
 
 def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_path, use):

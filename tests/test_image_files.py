@@ -229,7 +229,7 @@ def test_what_is_listed(hostile):
 
 def test_the_report_and_the_tables(hostile, tmp_path):
     images = load_images(str(hostile))
-    with pytest.warns(UserWarning, match=r"14 of 51 images could not be read"):
+    with pytest.warns(UserWarning, match=r"14 of 51 images left out"):
         features = embed(
             images, "pixels", image_size=4, data_dir=tmp_path, num_workers=0, progress=False
         )

@@ -148,7 +148,7 @@ def test_a_few_images_one_of_them_broken_without_a_number_of_clusters(photos, tm
         (few / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     next(few.iterdir()).write_bytes(b"broken")
     arguments = ["cluster", str(few), "--out", "groups", "--no-map", *QUICK]
-    with pytest.warns(UserWarning, match="1 of 60 images could not be read"):
+    with pytest.warns(UserWarning, match="1 of 60 images left out"):
         assert main(arguments) == 0
     assert "is suggested by the images themselves" in capsys.readouterr().out
     assert len(pd.read_csv(tmp_path / "groups" / "assignments.csv")) == 59

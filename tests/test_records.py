@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import make_blobs
+from sklearn.neighbors import NearestNeighbors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from temi import checkpoints, training
@@ -18,6 +19,7 @@ from temi.checkpoints import BEST, LATEST
 from temi.config import TrainConfig
 from temi.data import ImageSet, load_images
 from temi.embeddings import Features
+from temi.neighbors import check_neighbors
 from temi.rundirs import differences, lock_of, part_of
 from temi.runs import list_runs, load_run
 from temi.training import train
@@ -103,6 +105,20 @@ def test_tensorboard(finished):
     assert tags["histograms"] == ["cluster sizes"]
     assert tags["images"] == ["clusters"]
     assert {"final/acc", "final/loss"} <= set(tags["scalars"])  # with the settings
+
+
+def test_no_command_repeats_a_run_on_given_neighbors(tmp_path):
+    near = NearestNeighbors(n_neighbors=6).fit(X).kneighbors(X, return_distance=False)[:, 1:]
+    features = dataclasses.replace(FEATURES, manifest=FEATURES.manifest | {"dataset": "x.npy"})
+    start(tmp_path / "run", features=features)
+    searched = results(tmp_path / "run")["provenance"]
+    assert searched["command"].startswith("python -m temi train x.npy")
+    assert searched["neighbors"] is None
+    for again in ({}, {"resume": "auto"}):  # the second time nothing is left to do
+        start(tmp_path / "given", features=features, neighbors=near, **again)
+        given = results(tmp_path / "given")["provenance"]
+        assert given["neighbors"] == check_neighbors(near, 240)
+        assert given["command"] is None
 
 
 def test_names_of_the_checkpoints(tmp_path):

@@ -254,6 +254,10 @@ def test_wrong_neighbors_are_named_before_any_work(near, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_given_neighbors_take_the_place_of_the_recipes_number():
+    assert TrainConfig(recipe="paper", num_clusters=4).resolve(240, None, 10).num_neighbors == 10
+
+
 def test_neighbors_are_checked_in_parts():
     assert check_neighbors(NEAR, 240, 7) == check_neighbors(NEAR.astype(np.int32), 240)
     assert check_neighbors(NEAR, 240) != check_neighbors(NEAR[:, ::-1], 240)

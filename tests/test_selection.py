@@ -50,6 +50,14 @@ def test_what_does_not_fit_is_refused():
         temi.suggest_num_clusters(x[:12])
 
 
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # k-means says it, too
+def test_images_that_are_nearly_all_the_same_are_refused():
+    x = np.ones((200, 3))
+    x[7, 0] = 2
+    with pytest.raises(ValueError, match="too many images are the same to choose by; give num_clu"):
+        temi.suggest_num_clusters(x, progress=False)
+
+
 def test_no_candidates_are_refused():
     with pytest.raises(ValueError, match="candidates: none; give one or more, or None"):
         temi.suggest_num_clusters(np.random.default_rng(0).normal(size=(80, 3)), [])

@@ -19,7 +19,7 @@ import temi
 from temi import embeddings, extraction
 from temi.__main__ import main
 from temi.blocks import Blocks
-from temi.files import is_there
+from temi.files import wait_until
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -99,7 +99,7 @@ def test_torchrun_writes_the_cache_of_one_process(tmp_path):
     done = torchrun(2, "-m", "temi", *arguments(photos, tmp_path / "cache"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("images: 58") == 1
-    assert done.stderr.count("could not be read") == 1
+    assert done.stderr.count("images left out") == 1
     expected = stored(tmp_path / "alone")
     assert set(expected) == {"embeddings.npy", "ids.json", "manifest.json", "unreadable.csv"}
     assert stored(tmp_path) == expected
@@ -350,8 +350,8 @@ def test_blocks_cover_all_rows_on_the_grid_of_the_batches(num_rows, batch_size):
 
 def test_what_a_network_shows_late_is_waited_for():
     answers = iter([False, True])
-    assert is_there(lambda: next(answers))
-    assert not is_there(lambda: False, seconds=0)
+    assert wait_until(lambda: next(answers))
+    assert not wait_until(lambda: False, seconds=0)
 
 
 def test_a_progress_bar_counts_the_images_of_the_share(folder, tmp_path, use, monkeypatch):
