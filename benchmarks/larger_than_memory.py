@@ -40,11 +40,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scale import AnonymousPeak, alone
 
 import temi
 import temi.state
 import temi.training
+from benchmarks.scale import AnonymousPeak, alone
 from temi import rows
 from temi.ensemble import head_labels
 from temi.files import write_json

@@ -32,11 +32,11 @@ from unittest import mock
 import numpy as np
 import sklearn
 import torch
-from plain_temi import build
 from sklearn.neighbors import NearestNeighbors
 
 import temi
 import temi.training
+from benchmarks.plain_temi import build
 from temi import ensemble
 from temi.baselines import kmeans
 from temi.devices import device_name

@@ -128,7 +128,7 @@ def test_one_backbone_at_two_sizes(images, tmp_path):
     with pytest.raises(ValueError, match="image_size=8: None is allowed, as 'pixels@4' names"):
         embed(images, "pixels@4", image_size=8)
     joined = embed(images, "pixels@4+pixels", image_size=6, data_dir=tmp_path / "b")
-    assert joined.x.shape[1] == 16 + 36
+    assert joined.x.shape[1] == 3 * (16 + 36)
 
 
 def test_a_file_of_own_embeddings(tmp_path):
