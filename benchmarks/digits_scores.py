@@ -9,6 +9,7 @@ there, nothing is done.
     python benchmarks/digits_scores.py
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -38,6 +39,7 @@ def key(features: Features, config: temi.TrainConfig) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     images = temi.load_images("digits")
     features = temi.embed(images, "pixels")
     made_from = key(features, temi.TrainConfig(num_clusters=images.num_classes))

@@ -11,6 +11,7 @@ search and the heads' labels of all images.
 Takes a minute. Writes results/benchmarks/gpu.json.
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def whole(images: int) -> dict:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     peaks = {precision: round(peak(GPU, precision, 10)) for precision in ("bf16", "fp32")}
     results = {"device": device_name(GPU), "torch": torch.__version__, "peak_gflops": peaks}
     print(results, flush=True)

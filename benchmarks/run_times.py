@@ -6,6 +6,7 @@ writes seconds and memory to results/run_times.csv, machine and versions to resu
     python benchmarks/run_times.py
 """
 
+import argparse
 import os
 import platform
 import subprocess
@@ -24,6 +25,7 @@ PACKAGES = ("temi", "numpy", "pandas", "pillow", "scikit-learn", "scipy", "timm"
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     rows = []
     for notebook in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb")):
         seconds, largest = run(notebook)
