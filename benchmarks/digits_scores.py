@@ -39,7 +39,6 @@ def key(features: Features, config: temi.TrainConfig) -> str:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     images = temi.load_images("digits")
     features = temi.embed(images, "pixels")
     made_from = key(features, temi.TrainConfig(num_clusters=images.num_classes))
@@ -70,4 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

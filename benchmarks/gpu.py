@@ -85,7 +85,6 @@ def whole(images: int) -> dict:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     peaks = {precision: round(peak(GPU, precision, 10)) for precision in ("bf16", "fp32")}
     results = {"device": device_name(GPU), "torch": torch.__version__, "peak_gflops": peaks}
     print(results, flush=True)
@@ -105,4 +104,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

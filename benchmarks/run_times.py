@@ -25,7 +25,6 @@ PACKAGES = ("temi", "numpy", "pandas", "pillow", "scikit-learn", "scipy", "timm"
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     rows = []
     for notebook in sorted(ROOT.glob("notebooks/[0-9][0-9]_*.ipynb")):
         seconds, largest = run(notebook)
@@ -65,4 +64,5 @@ def run(notebook: Path) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     main()

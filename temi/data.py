@@ -159,6 +159,15 @@ class ImageSet:
         return dataclasses.replace(self, images=images, ids=kept, labels=labels)
 
 
+def check_image_set(images: object) -> None:
+    """Raise a ValueError unless it is an :class:`ImageSet`."""
+    if not isinstance(images, ImageSet):
+        raise ValueError(
+            f"images of type {type(images).__name__}: an ImageSet is needed, as temi.load_images "
+            "makes of a name or a folder"
+        )
+
+
 def holds_embeddings(name: str) -> bool:
     """Whether a data set of this name is a file of embeddings, so that there are no images."""
     return name.endswith((".npy", ".npz"))

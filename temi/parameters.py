@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from temi.backbones import check_backbone
+from temi.cache import embed
 from temi.config import RunOptions, TrainConfig
 from temi.data import ARRAYS, ImageSet, check_dataset, holds_embeddings, load_images
-from temi.embeddings import Features, embed, load_features
+from temi.embeddings import Features, load_features
 
 
 def _setting(kind, description, **limits):

@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 
 from temi.backbones import load_backbone
+from temi.cache import embed, load_cached
 from temi.data import ImageSet, load_images
-from temi.embeddings import Features, embed, load_cached
+from temi.embeddings import Features
 from temi.export import assignments, centers
 from temi.neighbors import nearest_similarities
 from temi.runs import Run

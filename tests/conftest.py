@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from plain_dinov2 import release
 
-from temi import embeddings
+from temi import cache
 from temi.backbones import load_backbone
 
 CHROMIUM = shutil.which("chromium")
@@ -63,7 +63,7 @@ def use(monkeypatch):
     """Make a backbone the one that is loaded, whatever its name."""
 
     def put(backbone):
-        monkeypatch.setattr(embeddings, "load_backbone", lambda *_, **__: backbone)
+        monkeypatch.setattr(cache, "load_backbone", lambda *_, **__: backbone)
         return backbone
 
     return put

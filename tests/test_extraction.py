@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from temi import blocks, embeddings, extraction
+from temi import blocks, cache, extraction
 from temi.backbones import Backbone
+from temi.cache import embed
 from temi.data import load_images
-from temi.embeddings import embed
 
 ROOT = Path(__file__).parents[1]
 SIZE = 8
@@ -253,11 +253,11 @@ def test_a_stop_while_the_cache_is_written_loses_nothing(
     else:
         monkeypatch.setattr(blocks.Blocks, "join", stopping(blocks.Blocks.join))
         for name in ("write_json", "write_whole"):
-            monkeypatch.setattr(embeddings, name, stopping(getattr(embeddings, name)))
+            monkeypatch.setattr(cache, name, stopping(getattr(cache, name)))
     with pytest.raises(KeyboardInterrupt):
         embed(images, "tiny", **options(tmp_path))
     monkeypatch.undo()
-    monkeypatch.setattr(embeddings, "load_backbone", lambda *_, **__: backbone)
+    monkeypatch.setattr(cache, "load_backbone", lambda *_, **__: backbone)
     backbone.model.calls = 0
     embed(images, "tiny", **options(tmp_path))
     assert backbone.model.calls == 0
@@ -277,7 +277,7 @@ def overtaken(folder, monkeypatch):
             return forward(self, x)
 
         monkeypatch.setattr(Tiny, "forward", late)
-        monkeypatch.setattr(embeddings, "wait_until", lambda look: look() or pytest.fail("waits"))
+        monkeypatch.setattr(cache, "wait_until", lambda look: look() or pytest.fail("waits"))
 
     return prepare
 
@@ -315,9 +315,9 @@ def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_p
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_extraction as t
-from temi import embeddings, extraction
+from temi import cache, extraction
 extraction.SAVE_SECONDS = 0.0
-embeddings.load_backbone = lambda *_, **__: t.tiny(pause=0.3)
+cache.load_backbone = lambda *_, **__: t.tiny(pause=0.3)
 images = t.load_images({str(folder)!r})
 print("go", flush=True)
 t.embed(images, "tiny", **t.options(t.Path({str(tmp_path)!r})))

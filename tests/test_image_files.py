@@ -12,8 +12,8 @@ from PIL import Image
 
 from temi import image_files, plots
 from temi.backbones import load_backbone
+from temi.cache import embed
 from temi.data import UnreadableImageError, load_images
-from temi.embeddings import embed
 from temi.extraction import _Batches
 from temi.files import write_json
 from temi.gallery import write_gallery

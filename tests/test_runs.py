@@ -11,9 +11,9 @@ from pydantic_settings import CliApp, get_subcommand
 
 from temi import checkpoints
 from temi.__main__ import App
+from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
-from temi.embeddings import embed
 from temi.metrics import evaluate
 from temi.parameters import JobConfig
 from temi.plots import compare_runs

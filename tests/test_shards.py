@@ -16,7 +16,7 @@ from PIL import Image
 from test_extraction import Tiny, options, prepare, stored, tiny
 
 import temi
-from temi import embeddings, extraction
+from temi import cache, extraction
 from temi.__main__ import main
 from temi.blocks import Blocks
 from temi.files import wait_until
@@ -26,7 +26,7 @@ PROGRAM = """
 import json, os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_extraction as t
-from temi import distributed, embeddings, extraction
+from temi import cache, distributed, extraction
 
 class Noted(extraction._Batches):
     def __getitem__(self, index):
@@ -41,7 +41,7 @@ class Deadly(t.Tiny):
         return super().forward(x)
 
 extraction.SAVE_SECONDS, extraction._Batches, t.Tiny = 0.0, Noted, Deadly
-embeddings.load_backbone = lambda *_, **__: t.tiny(pause={pause})
+cache.load_backbone = lambda *_, **__: t.tiny(pause={pause})
 features = t.embed(t.load_images({images!r}), "tiny", **t.options(t.Path({place!r})))
 line = f"ids {{len(features)}} {{features.ids[-1]}} {{features.x.shape}}\\n"
 sys.stdout.write(line)  # at once, so that no other rank's comes in between
@@ -245,9 +245,9 @@ def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, 
     place, name = {
         "before the logs": (Blocks, "logs"),
         "before the rows": (Blocks, "join"),
-        "before the move": (embeddings, "sha256"),
+        "before the move": (cache, "sha256"),
     }[moment]
-    original, publish = getattr(place, name), embeddings._publish
+    original, publish = getattr(place, name), cache._publish
     mine: list = []
 
     def overtaken(*given):
@@ -260,7 +260,7 @@ def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, 
         mine.append(given)
         return publish(*given, complete=complete)
 
-    monkeypatch.setattr(embeddings, "_publish", noted)
+    monkeypatch.setattr(cache, "_publish", noted)
     monkeypatch.setattr(place, name, overtaken)
     assert temi.embed_shard(images, "tiny", shard="1/1", **options(tmp_path)) == 0
     assert not mine
@@ -271,7 +271,7 @@ def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, 
 def test_blocks_that_another_job_is_removing_are_not_read(folder, tmp_path, use, monkeypatch):
     use(tiny())
     images = temi.load_images(str(folder))
-    join, publish, given = Blocks.join, embeddings._publish, []
+    join, publish, given = Blocks.join, cache._publish, []
 
     def cut_short(path, *_, **__):
         for rows in sorted(Path(path).rglob("*.rows"))[:1]:
@@ -288,7 +288,7 @@ def test_blocks_that_another_job_is_removing_are_not_read(folder, tmp_path, use,
         given.append(arguments)
         return publish(*arguments, complete=complete)
 
-    monkeypatch.setattr(embeddings, "_publish", noted)
+    monkeypatch.setattr(cache, "_publish", noted)
     monkeypatch.setattr(Blocks, "join", overtaken)
     assert temi.embed_shard(images, "tiny", shard="1/1", **options(tmp_path)) == 0
     assert temi.embed(images, "tiny", **options(tmp_path)).x.shape == (60, 5)

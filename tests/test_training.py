@@ -6,10 +6,11 @@ import pytest
 import torch
 from sklearn.datasets import make_blobs
 
+from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
 from temi.devices import runs_bf16
-from temi.embeddings import Features, embed
+from temi.embeddings import Features
 from temi.heads import MultiHead
 from temi.metrics import cluster_accuracy
 from temi.neighbors import mutual_neighbors, search_neighbors

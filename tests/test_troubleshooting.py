@@ -14,8 +14,9 @@ from PIL import Image
 import temi
 from temi import checkpoints, devices, distributed, extraction, rows, trouble, weights
 from temi.backbones import check_backbone
+from temi.cache import load_cached
 from temi.config import RunOptions, TrainConfig
-from temi.embeddings import check_embeddings, load_cached
+from temi.embeddings import check_embeddings
 from temi.files import RESULTS, SETTINGS, whole_file
 from temi.rundirs import find_place
 from temi.steps import training_step
