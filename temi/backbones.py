@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,31 +226,3 @@ def load_backbone(
         dim=features.shape[1],
         side=max(preprocessing.scaled(config)),
     )
-
-
-def stack(
-    images: Sequence[np.ndarray], ids: Sequence[str], shape: tuple[int, ...] | None = None
-) -> np.ndarray:
-    """Prepared images as one array [B, …]; all must have one shape, as only pixels may lack.
-
-    Parameters
-    ----------
-    images : sequence of ndarray
-    ids : sequence of str
-        Name of each image.
-    shape : tuple of int, optional
-        What earlier images had; that of the first when None.
-
-    Raises
-    ------
-    ValueError
-        Names the first image that differs.
-    """
-    shape = shape or images[0].shape
-    for image, name in zip(images, ids, strict=True):
-        if image.shape != shape:
-            raise ValueError(
-                f"image {name!r} is {' x '.join(map(str, image.shape))} where those before are "
-                f"{' x '.join(map(str, shape))}: give image_size, which brings all to one size"
-            )
-    return np.stack(images)

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from temi.backbones import Backbone, load_backbone, named_size, spaces, stack
+from temi.backbones import Backbone, load_backbone, named_size, spaces
 from temi.blocks import Blocks, joined_sizes, kept
 from temi.data import ImageSet, check_image_set
 from temi.distributed import any_of, from_first, is_first, wait_for_all
 from temi.embeddings import Features, normalize
-from temi.extraction import ExtractionConfig, extract, unreadable_error
+from temi.extraction import ExtractionConfig, check_shape, extract, unreadable_error
 from temi.files import (
     path_part,
     read_json,
@@ -305,7 +305,7 @@ def _join_blocks(images: ImageSet, folder: Path, blocks: Blocks, logs: list[dict
              for block, log in enumerate(logs) if kept(log)]  # fmt: skip
     for row in first:  # which processes that knew nothing of each other may have decoded
         shape, expected = (logs[r // blocks.size]["shape"] for r in (row, first[0]))
-        stack([np.empty(shape, dtype=np.uint8)], [images.ids[row]], tuple(expected))
+        check_shape(images.ids[row], shape, expected)
     report = {images.ids[row]: reason for row, reason in unreadable.items()}
     parts = blocks.folder.parent
     with tempfile.TemporaryDirectory(dir=parts) as name:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from temi.backbones import Backbone, named_size, stack
+from temi.backbones import Backbone, named_size
 from temi.blocks import Blocks, kept
 from temi.checks import check_types
 from temi.config import Device, Precision
@@ -173,7 +173,7 @@ def extract(
             update: dict[str, Any] = {"rows": log["rows"] + decoded}
             if rows:
                 shape = shape or tuple(pixels.shape[1:])
-                stack([pixels[0].numpy()], [images.ids[rows[0]]], shape)  # the same in all batches
+                check_shape(images.ids[rows[0]], pixels.shape[1:], shape)  # the same in all batches
                 x = _forward(model, pixels, log["forward_sizes"], start, precision, device)
                 size = log["forward_sizes"][-1][1]
                 x = _as_dtype(x, config.dtype, images.ids, rows)
@@ -226,11 +226,23 @@ class _Batches(Dataset):
             try:
                 pictures.append(self.prepare(self.pictures[row]))
                 rows.append(row)
+                check_shape(self.ids[row], pictures[-1].shape, pictures[0].shape)
             except UnreadableImageError as error:
                 unreadable[row] = error.reason
-        names = [self.ids[row] for row in rows]
-        pixels = stack(pictures, names) if pictures else np.empty(0, dtype=np.uint8)
+        pixels = np.stack(pictures) if pictures else np.empty(0, dtype=np.uint8)
         return start, torch.from_numpy(pixels), rows, unreadable
+
+
+def check_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise a ValueError unless a prepared image is of the shape that those before have.
+
+    Those of ``pixels`` alone may not be.
+    """
+    if tuple(shape) != tuple(expected):
+        raise ValueError(
+            f"image {name!r} is {' x '.join(map(str, shape))} where those before are "
+            f"{' x '.join(map(str, expected))}: give image_size, which brings all to one size"
+        )
 
 
 def default_batch_size(backbone: Backbone, device: torch.device, precision: str) -> int:
