@@ -70,6 +70,12 @@ def named_size(name: str) -> tuple[str, int | None]:
     return backbone, int(side) if at else None
 
 
+def check_patches(backbone: str, side: int) -> None:
+    """Raise a ValueError unless a DINOv2 can cut images of that side into its patches."""
+    if side % pretrained.PATCH:
+        raise ValueError(f"image_size={side}: a multiple of 14 is allowed for {backbone}")
+
+
 def check_backbone(name: str) -> None:
     """Raise a ValueError that says what is allowed if no backbone has that name.
 
@@ -198,8 +204,7 @@ def load_backbone(
         config |= {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3}  # as in the original
     elif kind in DINOV2:
         side = image_size or 224
-        if side % 14:
-            raise ValueError(f"image_size={side}: a multiple of 14 is allowed for {kind}")
+        check_patches(kind, side)
         network = pretrained.dinov2(kind, side, weights)
         config = preprocessing.config(side, "bicubic", 224 / 256)
     else:

@@ -60,12 +60,17 @@ _KINDS = {
 _LIMITS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}
 
 
+def _in_words(value: float) -> str:
+    """A limit, whole numbers to the last digit."""
+    return f"{value:d}" if isinstance(value, int) else f"{value:g}"
+
+
 def allowed(hint) -> str:
     """In words, the values that an annotation admits."""
     if get_origin(hint) is Annotated:
         kind, field = get_args(hint)
         limits = [
-            f"{word} {getattr(limit, key):g}"
+            f"{word} {_in_words(getattr(limit, key))}"
             for limit in field.metadata
             for key, word in _LIMITS.items()
             if hasattr(limit, key) and math.isfinite(getattr(limit, key))

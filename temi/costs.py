@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from temi.backbones import BACKBONES, named_size, spaces
+from temi.backbones import BACKBONES, check_patches, named_size, spaces
 from temi.config import TrainConfig
 from temi.neighbors import EXACT_UP_TO
 
@@ -109,7 +109,7 @@ def flops_per_image(backbone: str, image_size: int | None = None) -> float:
     Raises
     ------
     ValueError
-        If the operations of that backbone are not known here.
+        If the operations of that backbone are not known here, or it does not take that size.
     """
     _check_backbone(backbone)
     side = 224 if image_size is None else image_size
@@ -118,6 +118,7 @@ def flops_per_image(backbone: str, image_size: int | None = None) -> float:
         return 0.0
     if backbone == "efficientnet_lite0":
         return _LITE0_FLOPS * (side / 224) ** 2
+    check_patches(backbone, side)
     width, depth = _architecture(backbone)
     patches = (side // 14) ** 2
     tokens = patches + 1 + 4 * backbone.endswith("_reg")

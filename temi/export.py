@@ -63,7 +63,12 @@ def assignments(
         features = Features.from_array(features)
     x = run.inputs(features)
     labels, agreement = run.vote(features)
-    middles = torch.from_numpy(_means(x, labels, run) if centers is None else centers)
+    middles = torch.tensor(_means(x, labels, run) if centers is None else centers)
+    if middles.shape != (shape := (run.config.num_clusters, x.shape[1])):
+        raise ValueError(
+            f"centers of shape {tuple(middles.shape)}: {shape} is allowed, as temi.centers gives "
+            "of the features trained on"
+        )
     chunks, clusters, start = [], torch.from_numpy(labels), 0
     for probs in run.mean_probs(features):
         stop = start + len(probs)
@@ -254,10 +259,10 @@ def _folder_names(clusters: list[int], names: dict[int, str]) -> dict[int, str]:
 
 def _below(folder: Path, name: str) -> Path:
     """The path of ``name`` in ``folder``; a ValueError if it leads out of it."""
-    path = Path(os.path.normpath(folder / name))
-    if not path.is_relative_to(folder) or path == folder:
+    inside = Path(os.path.normpath(name))
+    if inside.is_absolute() or inside.parts[:1] in ((), (os.pardir,)):
         raise ValueError(f"images: {name!r} leads out of the folder")
-    return path
+    return folder / inside
 
 
 def _place(source: str, target: Path, how: str, replaced: Path) -> None:

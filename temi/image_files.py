@@ -196,18 +196,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """The image in mode L or RGB."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    if image.mode == "1":
-        return image.convert("L")
     if image.mode == "F" or (image.mode == "I" and not _is_16_bit(image)):
         raise UnreadableImageError("32-bit values, of no known range: convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
-        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+        values = np.asarray(image)
+        grey = np.round(values / 257).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey)
     if image.has_transparency_data:
-        grey = image.mode in ("L", "LA", "La")
+        grey = image.mode in ("1", "L", "LA", "La")
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("L" if grey else "RGB")
-    return image.convert("RGB")
+    return image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _is_16_bit(image: Image.Image) -> bool:

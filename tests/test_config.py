@@ -129,3 +129,13 @@ def test_numbers_from_arrays_are_numbers():
     assert {type(config.num_clusters), type(config.beta)} == {int, float}
     with pytest.raises(ValueError, match=r"num_clusters=5\.0: a whole number or None from 2"):
         TrainConfig(num_clusters=np.float64(5))
+
+
+def test_no_limit_is_none_not_infinite():
+    with pytest.raises(ValueError, match="clip_grad=inf: a number or None above 0 is allowed"):
+        TrainConfig(clip_grad=float("inf"))
+
+
+def test_limits_are_said_to_the_last_digit():
+    with pytest.raises(ValueError, match="a whole number from 0 below 4294967296 is allowed"):
+        TrainConfig(seed=2**32)

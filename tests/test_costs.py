@@ -241,3 +241,77 @@ def test_pixels_are_as_many_as_the_image_has():
     disks = [temi.estimate_costs(10**6, *what).loc["embed", "disk (GB)"]
              for what in (("pixels",), ("pixels@8",))]  # fmt: skip
     assert disks == pytest.approx([(3 * side**2 * 2 + 30) / 1e3 for side in (224, 8)])
+
+
+def test_registers_and_joined_backbones_count():
+    plain, registers = (flops_per_image(f"dinov2_vits14{r}") for r in ("", "_reg"))
+    assert 1.01 < registers / plain < 1.03  # 261 tokens instead of 257
+    one, both, small = (
+        temi.estimate_costs(10**5, name, "h100")
+        for name in ("dinov2_vits14", "dinov2_vits14+pixels@8", "pixels@8")
+    )
+    assert both["seconds"]["read"] == pytest.approx(2 * one["seconds"]["read"])
+    disk = [table.loc["embed", "disk (GB)"] for table in (one, both, small)]
+    assert disk[1] + 30e-4 == pytest.approx(disk[0] + disk[2])
+    reg = temi.estimate_costs(10**5, "dinov2_vits14_reg", "h100")["seconds"]["embed"]
+    assert reg / one["seconds"]["embed"] == pytest.approx(registers / plain)
+
+
+def test_a_hundred_thousand_images_on_one_core_by_hand():
+    config = temi.TrainConfig(num_clusters=100, pca_dim=256)
+    seconds = temi.estimate_costs(10**5, "efficientnet_lite0", config=config, cores=8)["seconds"]
+    assert seconds["read"] == pytest.approx(1e5 * 0.00553)  # the one core reads, too
+    assert seconds["embed"] == pytest.approx(1e5 * 2 * 407e6 / (0.421 * 96.4e9))
+    assert seconds["neighbours"] == pytest.approx(105)
+    assert seconds["label"] == pytest.approx(2 * 15.3 + 4 * 0.107)
+    assert seconds["in all"] == pytest.approx(seconds.drop("in all").sum())
+
+
+def test_memory_and_disk_by_hand():
+    config = temi.TrainConfig(
+        num_clusters=100, num_neighbors=50, pca_dim=2000
+    )  # more than there are
+    k, heads, group = config.num_neighbors, config.num_heads, config.group_size
+    for hardware in ("cpu", "h100"):
+        table = temi.estimate_costs(
+            10**6, "dinov2_vits14+dinov2_vitb14", hardware, ranks=2, config=config
+        )
+        memory, disk, seconds = (table[c] for c in ("memory (GB)", "disk (GB)", "seconds"))
+        row, found = 4 * (384 + 768), 12 * k * (3 if hardware == "cpu" else 1)
+        search = 0.4 + (3 * row + found) / 1e3 + 0.27 * (hardware != "cpu")
+        assert memory["neighbours"] == pytest.approx(search)
+        assert memory["train"] == pytest.approx(0.4 + (row + 12 * k + 8 * group + 16 * heads) / 1e3)
+        assert memory["embed"] - memory["read"] == pytest.approx(0.34, abs=0.01)  # the larger's
+        assert memory["in all"] == memory.drop("in all").max()
+        assert disk["in all"] == pytest.approx(disk.drop("in all").sum())
+        assert disk["label"] == pytest.approx(0.04)
+        hidden = 0 if hardware == "cpu" else min(seconds["read"], seconds["embed"])
+        assert seconds["in all"] == pytest.approx(seconds.drop("in all").sum() - hidden)
+
+
+def test_a_side_in_the_name_goes_before_image_size():
+    for name, size in (("dinov2_vits14@448", 224), ("pixels@8", 16)):
+        pd.testing.assert_frame_equal(
+            temi.estimate_costs(10**5, name, image_size=size), temi.estimate_costs(10**5, name)
+        )
+    pd.testing.assert_frame_equal(
+        temi.estimate_costs(10**5, "pixels", image_size=8), temi.estimate_costs(10**5, "pixels@8")
+    )
+
+
+def test_rows_of_more_numbers_take_longer_and_groups_too():
+    def stage(name, hardware="cpu", **settings):
+        config = temi.TrainConfig(**{"num_clusters": 100, "pca_dim": 256} | settings)
+        return temi.estimate_costs(10**5, hardware=hardware, config=config)["seconds"][name]
+
+    assert stage("neighbours", pca_dim=512) == pytest.approx(2 * stage("neighbours"))
+    faster = costs.HARDWARE["h100"].fp32 / costs.HARDWARE["cpu"].fp32
+    assert stage("neighbours") == pytest.approx(faster * stage("neighbours", "h100"))
+    assert stage("train", group_size=8) == pytest.approx(2 * stage("train", group_size=4))
+
+
+def test_a_size_that_a_backbone_does_not_take_is_refused():
+    with pytest.raises(ValueError, match="image_size=100: a multiple of 14 is allowed"):
+        flops_per_image("dinov2_vits14", 100)
+    with pytest.raises(ValueError, match="image_size=13: a multiple of 14 is allowed"):
+        temi.estimate_costs(1000, "dinov2_vits14@13")

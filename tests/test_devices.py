@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from temi.config import TrainConfig
-from temi.devices import half_precision, is_out_of_memory, resolve_device, runs_bf16
+from temi.devices import (
+    device_name,
+    half_precision,
+    is_out_of_memory,
+    resolve_device,
+    runs_bf16,
+    uses_bf16,
+)
 
 CPU = torch.device("cpu")
 
@@ -74,3 +81,35 @@ print(plain, faults())
     )
     plain, kept = map(int, told.stdout.split())
     assert kept < 100 < plain
+
+
+def test_auto_is_the_first_device_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(resolve_device(name)) for name in ("auto", "cuda:1")] == ["cuda", "cuda:1"]
+    with pytest.raises(ValueError, match=r"has auto, cuda, cuda:0, cuda:1, mps, cpu$"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_auto_is_bf16_on_a_gpu_that_has_it_itself(own, monkeypatch):
+    def asked(including_emulation=True):
+        return own or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
+    runs_bf16.cache_clear()
+    assert uses_bf16("auto", torch.device("cuda")) == own
+    runs_bf16.cache_clear()
+
+
+def test_products_are_in_bf16_where_it_is_used(monkeypatch):
+    monkeypatch.setattr("temi.devices.uses_bf16", lambda *_: True)
+    with half_precision("auto", CPU):
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_gpu_has_its_makers_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H100 {device.index}")
+    assert [device_name(torch.device(d)) for d in ("cuda:1", "cpu")] == ["H100 1", "cpu"]

@@ -1,6 +1,5 @@
 import dataclasses
 import errno
-import json
 import os
 import shutil
 
@@ -9,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_names import names
 
 import temi
 from temi import ensemble
@@ -194,81 +194,6 @@ def test_a_full_disk_leaves_the_table_as_it_was(photos, tmp_path, monkeypatch):
         temi.write_assignments(table, tmp_path)
     assert (tmp_path / "assignments.csv").read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"assignments.csv", "photos"}
-
-
-# names
-
-
-def names(given=None, merged=None):
-    return {"format": "temi-names-1", "names": given or {}, "merged": merged or {}}
-
-
-def test_names_and_merges(photos, tmp_path):
-    _, table = photos
-    (tmp_path / "names.json").write_text(
-        json.dumps(names({"0": "cats <b>", "2": "lost"}, {"2": 1, "1": 0}))
-    )
-    named = temi.apply_names(table, tmp_path / "names.json")
-    assert set(named["cluster"]) == {0}
-    assert set(named["name"]) == {"cats <b>"}
-    assert set(named["second_choice"]) == {-1}
-    assert named.drop(columns="name").dtypes.equals(table.dtypes)
-    assert set(table["cluster"]) == {0, 1, 2}
-
-
-def test_a_second_choice_follows_its_merge(photos):
-    _, table = photos
-    named = temi.apply_names(table, names({0: "cats"}, {2: 1}))
-    pairs = set(zip(named["cluster"], named["second_choice"], named["name"], strict=True))
-    assert pairs == {(0, 1, "cats"), (1, -1, "1"), (1, 0, "1")}
-
-
-def test_new_images_need_not_have_every_cluster(photos):
-    _, table = photos
-    few = table[:1]
-    with pytest.raises(ValueError, match="no cluster 2 in the table; for new images give temi"):
-        temi.apply_names(few, names({2: "dogs"}))
-    assert temi.apply_names(few, names({2: "dogs"}), num_clusters=3)["name"].tolist() == ["0"]
-    with pytest.raises(ValueError, match=r"there is no cluster 3 in the table$"):
-        temi.apply_names(few, names({3: "dogs"}), num_clusters=3)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("no json", "names='.*names.json': holds no JSON"),
-        (b"\xff\xfe", "holds no JSON"),
-        ("[" * 100_000, "holds no JSON"),
-        ("[]", 'a JSON object with "format": "temi-names-1" is allowed'),
-        ({"names": {"0": "cats"}}, 'a JSON object with "format"'),
-        (names() | {"names": ["cats"]}, "'names' is \\['cats'\\]; an object is allowed"),
-        (names({"zero": "cats"}), "'zero' is no cluster"),
-        (names({"-1": "cats"}), "'-1' is no cluster"),
-        (names({"0": " "}), "cluster 0 is named ' '; text is allowed"),
-        (names({"0": 5}), "cluster 0 is named 5; text is allowed"),
-        (names({"0": "\ud800"}), "text is allowed"),
-        (names(merged={"0": None}), "None is no cluster"),
-        (names(merged={"0": True}), "True is no cluster"),
-        (names(merged={"0": 0}), "merged in a circle, 0 into 0"),
-        (names(merged={"0": 1, "1": 2, "2": 0}), "merged in a circle, 0 into 1 into 2 into 0"),
-        (names({"7": "cats"}), "there is no cluster 7 in the table"),
-        (names(merged={"0": 7}), "there is no cluster 7 in the table"),
-    ],
-)  # fmt: skip
-def test_other_names_are_refused_in_one_line(photos, tmp_path, content, message):
-    _, table = photos
-    path = tmp_path / "names.json"
-    if isinstance(content, dict):
-        content = json.dumps(content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=message) as caught:
-        temi.apply_names(table, path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_of_names(photos):
-    with pytest.raises(ValueError, match=r"names='nowhere\.json': No such file or directory"):
-        temi.apply_names(photos[1], "nowhere.json")
 
 
 # sorted folders
@@ -483,3 +408,79 @@ def test_what_others_left_beside_the_folder_stays(tmp_path):
     (tmp_path / ".sorted.old" / "mine.txt").touch()
     with pytest.raises(ValueError, match="did not write"):
         check_replaceable(tmp_path / "sorted")
+
+
+def test_folders_below_the_users_own(photos, tmp_path, monkeypatch):
+    images, table = photos
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    temi.write_assignments(table, "~/out")
+    temi.sort_images(table, images, "~/sorted")
+    found = {path.name for path in (tmp_path / "home").iterdir()}
+    assert found == {"out", "sorted"}
+
+
+def test_links_into_the_originals(photos, tmp_path):
+    images, table = photos
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    before = contents(tmp_path / "photos")
+    with pytest.raises(ValueError, match="outside of the images' own folder"):
+        temi.sort_images(table, images, tmp_path / "link" / "sorted")
+    assert contents(tmp_path / "photos") == before
+
+
+def test_links_are_no_folders(photos, tmp_path):
+    images, table = photos
+    (tmp_path / "empty").mkdir()
+    for target in ("empty", "nowhere"):
+        (tmp_path / target[0]).symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match="is no folder; give another one"):
+            temi.sort_images(table, images, tmp_path / target[0])
+
+
+def test_an_image_that_is_in_the_table_twice(photos, tmp_path):
+    images, table = photos
+    with pytest.raises(OSError, match="two images of one name"):
+        temi.sort_images(pd.concat([table, table]), images, tmp_path / "sorted")
+
+
+def test_long_names_are_cut(photos, tmp_path):
+    images, table = photos
+    named = names({"10": "x" * 300})
+    temi.sort_images(table.assign(cluster=[3, *[10] * 9]), images, tmp_path / "sorted", names=named)
+    folders = {path.name for path in (tmp_path / "sorted").iterdir() if path.is_dir()}
+    assert folders == {"03", "10-" + "x" * 50}
+
+
+def test_no_name_is_the_folder_itself(photos, tmp_path):
+    images, table = photos
+    hostile = ImageSet("hostile", ImageFiles(images.images.root, ("x/..",)), ("a",))
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        temi.sort_images(table[:1].assign(path="a"), hostile, tmp_path / "sorted")
+
+
+def test_the_table_begins_with_its_columns(photos, tmp_path):
+    temi.write_assignments(photos[1], tmp_path)
+    assert (tmp_path / "assignments.csv").read_bytes().startswith(b"path,cluster,")
+
+
+def test_a_probability_of_zero_is_a_choice(run, features, table, monkeypatch):
+    sure = torch.eye(10)[torch.from_numpy(run.labels)]
+    monkeypatch.setattr(type(run), "mean_probs", lambda *_: iter([sure]))
+    second = temi.assignments(run, features)["second_choice"]
+    assert (second >= 0).all()
+    assert (second != table["cluster"]).all()
+
+
+def test_a_folder_beside_the_current_one(photos, tmp_path, monkeypatch):
+    images, table = photos
+    monkeypatch.chdir(tmp_path / "photos" / "x")
+    temi.sort_images(table, images, "../../sorted")
+    assert len(contents(tmp_path / "sorted")) == 1 + len(images)
+
+
+def test_centers_of_another_run_are_refused(run, features):
+    middles = temi.centers(run, features)
+    middles.setflags(write=False)  # as those mapped from a file
+    temi.assignments(run, features, middles)
+    with pytest.raises(ValueError, match=r"centers of shape \(9, 64\): \(10, 64\) is allowed, as"):
+        temi.assignments(run, features, middles[:9])

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -17,7 +18,7 @@ from temi.data import UnreadableImageError, load_images
 from temi.extraction import _Batches
 from temi.files import write_json
 from temi.gallery import write_gallery
-from temi.image_files import ImageFiles, decode, readable_name
+from temi.image_files import ImageFiles, decode, list_images, readable_name
 
 RED, GREY = (255, 0, 0), 128
 
@@ -349,3 +350,73 @@ def test_what_is_not_for_want_of_the_file_is_no_unreadable_image(hostile, error,
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(type(error)):
         decode(str(hostile / "good3.png"))
+
+
+def decoded(image, path, **options):
+    image.save(path, **options)
+    return decode(str(path))
+
+
+def test_what_is_transparent_in_a_picture_without_alpha_is_white(tmp_path):
+    for mode, clear in (("1", 0), ("L", 0), ("RGB", (0, 0, 0))):
+        seen = decoded(Image.new(mode, (6, 4), 0), tmp_path / "a.png", transparency=clear)
+        assert seen.shape == ((4, 6, 3) if mode == "RGB" else (4, 6))
+        assert (seen == 255).all()
+    values = Image.fromarray(np.array([[0, 257, 514]], np.uint16))
+    assert decoded(values, tmp_path / "a.png", transparency=257).tolist() == [[0, 255, 2]]
+
+
+def test_the_range_of_sixteen_bits(tmp_path):
+    values = np.array([[0, 255, 65280, 65535]], np.uint16)
+    assert decoded(Image.fromarray(values), tmp_path / "a.png").tolist() == [[0, 1, 254, 255]]
+    whole = Image.fromarray(values.astype(np.int32))
+    assert decoded(whole, tmp_path / "a.tif").tolist() == [[0, 1, 254, 255]]
+    for value in (-1, 65536):
+        with pytest.raises(UnreadableImageError, match="32-bit"):
+            decoded(Image.new("I", (6, 4), value), tmp_path / "a.tif")
+
+
+def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"P6 1 1 255\n\0\0\0")
+    with pytest.raises(UnreadableImageError, match="not an image in a known format"):
+        decode(str(tmp_path / "a.png"))
+
+
+def test_large_photographs_are_no_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    Image.new("L", (6, 4)).save(tmp_path / "a.png")
+    with warnings.catch_warnings(record=True) as seen:
+        decode(str(tmp_path / "a.png"))
+    assert not seen
+
+
+def test_a_network_folder_that_is_gone(tmp_path, monkeypatch):
+    Image.new("L", (6, 4)).save(tmp_path / "a.png")
+
+    def fail(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="Stale"):
+        decode(str(tmp_path / "a.png"))
+
+
+def test_what_archives_add_is_no_image(tmp_path):
+    for name in ("a.png", "__MACOSX/a.png", ".hidden/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (6, 4)).save(tmp_path / name)
+    assert list_images(tmp_path) == ["a.png"]
+
+
+def test_a_changed_size_changes_the_fingerprint(tmp_path):
+    seen = set()
+    for text in (b"1", b"22"):
+        (tmp_path / "a.png").write_bytes(text)
+        os.utime(tmp_path / "a.png", (1, 1))
+        seen.add(load_images(str(tmp_path)).fingerprint)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("sign", ["\x85", "\x9f", "\u2028", "\u2029"])
+def test_line_breaks_in_names(sign):
+    assert readable_name(f"a{sign}b") == f"a\\u{ord(sign):04x}b"

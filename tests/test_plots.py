@@ -70,3 +70,66 @@ def test_stepper_needs_nothing_from_elsewhere(frames):
     assert "http" not in page
     assert page._repr_html_() == page
     assert len(repr(page)) < 50
+
+
+def strip(figure, row=0):
+    return figure.axes[row].images[0].get_array()
+
+
+def test_clusters_are_drawn_largest_and_surest_first():
+    images = np.arange(6, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    labels, agreement = np.array([1, 0, 0, 1, 0, 0]), np.array([1, 0.5, 1, 0.5, 0.75, 0.25])
+    figure = plots.cluster_rows(images, labels, agreement, per_row=3)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["0  (4)", "1  (2)"]
+    shown = [strip(figure, row)[2, 2::6].tolist() for row in (0, 1)]
+    assert shown == [[2, 4, 1], [0, 3, 255]]
+    assert strip(figure)[0, 0] == 255  # a white line around each picture
+    assert figure.axes[0].images[0].get_clim() == (0, 255)
+
+
+def test_pictures_of_unequal_sizes_or_large_ones_are_shown_as_squares():
+    grey, wide = np.zeros((10, 10), np.uint8), np.zeros((20, 30, 3), np.uint8)
+    wide[..., 0] = 200
+    assert strip(plots.image_rows([grey, wide], [[0, 1]], [""])).shape == (66, 132, 3)
+    assert strip(plots.image_rows([grey, wide], [[0, 1]], [""]))[33, 99].tolist() == [200, 0, 0]
+    large = np.zeros((1, 65, 65), np.uint8)
+    assert strip(plots.image_rows(large, [[0]], [""])).shape == (66, 66, 3)
+    assert strip(plots.image_rows(large[:, :64, :64], [[0]], [""])).shape == (66, 66)
+
+
+def test_pictures_keep_the_order_asked_for():
+    images = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    assert strip(plots.image_rows(images, [[2, 0, 1]], [""]))[2, 2::6].tolist() == [2, 0, 1]
+
+
+def test_votes_are_counted_whole():
+    figure = plots.agreement_histogram(np.array([1, 29 / 50, 0.58]), 50)  # 0.58 * 50 < 29
+    bars = {round(p.get_x() + p.get_width() / 2): p.get_height() for p in figure.axes[0].patches}
+    assert {x: h for x, h in bars.items() if h} == {29: 2, 50: 1}
+
+
+def test_curves_stand_beside_the_largest_entropy():
+    history = [{"epoch": e, "head_losses": [-e, -2 * e], "marginal_entropy": 2.0} for e in (1, 2)]
+    left, right = plots.training_curves(history, 10).axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[-1, -2], [-2, -4]]
+    assert right.lines[1].get_ydata()[0] == pytest.approx(np.log(10))
+    assert right.get_ylim() == pytest.approx((0, 1.1 * np.log(10)))
+
+
+def test_planes_are_drawn_from_the_bottom():
+    grid = np.zeros((1, 5, 5), int)
+    grid[0, 0] = 1  # the lowest row
+    axis = plots.planes(np.zeros((1, 2)), grid, ["a"]).axes[0]
+    assert axis.images[0].origin == "lower"
+    assert len(axis.collections) == 2  # an outline of one cluster, and the points
+
+
+def test_no_picture_at_all_is_a_blank_row():
+    assert (strip(plots.image_rows([], [[], []], ["none", "neither"]), 1) == 255).all()
+
+
+def test_steppers_beside_each_other(frames):
+    one, other = (plots.stepper(f, ["0", "1"], "<b>", "a") for f in (frames[:2], frames[1:]))
+    assert "<legend>&lt;b&gt;</legend>" in one
+    assert "steps(2)" in one
+    assert one.split('class="')[1].split('"')[0] != other.split('class="')[1].split('"')[0]

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -300,3 +301,10 @@ def test_soft_consensus_is_the_mean_of_aligned_probabilities(finished, features)
         labels, confidence = run.soft_consensus(features, weights)
         np.testing.assert_array_equal(labels, mean.argmax(axis=1))
         np.testing.assert_allclose(confidence, mean.max(axis=1), rtol=1e-5)
+
+
+def test_compare_runs_shows_the_lowest_loss_and_no_accuracy_without_labels():
+    history = [{"epoch": e, "head_losses": [-e, -3 * e]} for e in (1, 2)]
+    left, right = compare_runs([SimpleNamespace(history=history)], ["a"]).axes
+    assert left.lines[0].get_ydata().tolist() == [-3, -6]
+    assert np.isnan(right.lines[0].get_ydata()).all()

@@ -3,12 +3,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from plain_dinov2 import plain_dinov2, random_images, release
 from safetensors.torch import save_file
+from torch import nn
 
 from temi import weights as pretrained
 from temi.backbones import load_backbone
+from temi.weights import check_tensors, fingerprint, read_tensors
 
 GATED = ("w12.weight", "w12.bias", "w3.weight", "w3.bias")
 
@@ -226,3 +229,44 @@ def test_timm_weights_that_do_not_fit_are_named(tmp_path):
 def test_a_model_without_weights_is_never_random():
     with pytest.raises(ValueError, match="timm has no weights for it; give weights=PATH"):
         load_backbone("timm:coatnet_0_224")
+
+
+def test_files_saved_on_a_gpu_and_files_at_home_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEMI_HOME", str(tmp_path))
+    with monkeypatch.context() as patched:  # as on a machine with a GPU
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"a": torch.ones(2)}, tmp_path / "gpu.bin")
+    assert read_tensors("gpu.bin")["a"].tolist() == [1, 1]
+
+
+def test_names_dtypes_and_shapes_are_part_of_the_fingerprint():
+    def of(name, tensor):
+        return fingerprint(nn.ParameterDict({name: nn.Parameter(tensor, requires_grad=False)}))
+
+    zeros = torch.zeros(4)
+    others = [of("b", zeros), of("a", zeros[:2].double()), of("a", zeros.reshape(2, 2))]
+    assert len({of("a", zeros), *others}) == 4
+
+
+def test_how_many_more_do_not_fit():
+    expected = dict.fromkeys("abcde", torch.Size([1]))
+    with pytest.raises(ValueError, match=r"missing: a, b, c and 2 more$"):
+        check_tensors("x", "x.pth", {}, expected)
+    with pytest.raises(ValueError, match=r"missing: a, b, c and 1 more$"):
+        check_tensors("x", "x.pth", {"e": torch.zeros(1)}, expected)
+
+
+def test_timm_models_with_two_heads_or_one_size(tmp_path):
+    for model, side in (("deit_tiny_distilled_patch16_224", None), ("gmixer_12_224", 224)):
+        path = tmp_path / f"{model}.safetensors"
+        save_file(timm.create_model(model, num_classes=7).state_dict(), path)
+        network, _ = pretrained.timm_model(f"timm:{model}", side, path)
+        assert network.num_classes == 0
+        assert "state_dict" not in network.pretrained_cfg  # would be held twice
+
+
+def test_loading_draws_no_random_numbers(small):
+    name, _, path, _ = small
+    before = torch.get_rng_state()
+    pretrained.dinov2(name, 224, path)
+    assert torch.equal(torch.get_rng_state(), before)
