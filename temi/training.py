@@ -92,9 +92,9 @@ def train(
     ValueError
         Before any work, if the embeddings are not finite rows [N, D] with a direction, if images,
         clusters, neighbours or batch do not fit their number, if several processes cannot share the
-        batch equally, if ``run_dir`` holds something that would be lost, or if ``resume`` names no
-        whole checkpoint of the same data and settings. More epochs are no other setting, where the
-        schedule is constant.
+        batch equally, if ``run_dir`` holds something that would be lost or another process trains
+        there, or if ``resume`` names no whole checkpoint of the same data and settings. More epochs
+        are no other setting, where the schedule is constant.
     temi.trouble.DivergenceError
         A FloatingPointError: a loss or gradient is not finite, or clusters have collapsed, and
         ``on_divergence`` is "stop" or five retries did not help.
