@@ -260,7 +260,7 @@ def _folder_names(clusters: list[int], names: dict[int, str]) -> dict[int, str]:
 def _below(folder: Path, name: str) -> Path:
     """The path of ``name`` in ``folder``; a ValueError if it leads out of it."""
     inside = Path(os.path.normpath(name))
-    if inside.is_absolute() or inside.parts[:1] in ((), (os.pardir,)):
+    if inside.anchor or inside.parts[:1] in ((), (os.pardir,)):
         raise ValueError(f"images: {name!r} leads out of the folder")
     return folder / inside
 
