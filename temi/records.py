@@ -213,7 +213,7 @@ class Record:
         with whole_file(self.folder / "assignments.csv") as file:
             for start in range(0, len(features), ROWS):
                 part = slice(start, start + ROWS)
-                table = {"id": features.ids[part], "cluster": run.labels[part]}
+                table = {"path": features.ids[part], "cluster": run.labels[part]}
                 table |= {"agreement": run.agreement[part]}
                 rows = pd.DataFrame(table)
                 rows.to_csv(file, index=False, header=start == 0, lineterminator="\n")

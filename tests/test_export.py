@@ -381,7 +381,7 @@ def test_other_arguments_are_refused(photos, tmp_path):
 
 def test_a_table_of_another_kind_is_refused_in_one_line(photos, run, tmp_path):
     images, _ = photos
-    other = pd.DataFrame({"id": images.ids, "cluster": 0, "agreement": 1.0})  # as a run keeps
+    other = pd.DataFrame({"id": images.ids, "cluster": 0, "agreement": 1.0})
     with pytest.raises(ValueError, match="table: has no path; a table of temi"):
         temi.sort_images(other, images, tmp_path / "sorted")
     with pytest.raises(ValueError, match="table: has no second_choice"):

@@ -15,6 +15,7 @@ from temi.__main__ import App
 from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
+from temi.export import sort_images
 from temi.metrics import evaluate
 from temi.parameters import JobConfig
 from temi.plots import compare_runs
@@ -86,10 +87,11 @@ def test_results(finished, images):
     assert results["best_checkpoint"] == best
 
 
-def test_assignments(finished, images):
+def test_assignments(finished, images, tmp_path):
     run, run_dir = finished
     table = pd.read_csv(run_dir / "assignments.csv")
-    assert table["id"].tolist() == list(images.ids)
+    assert table["path"].tolist() == list(images.ids)
+    sort_images(table[:20], images, tmp_path / "sorted")  # has what that needs
     np.testing.assert_array_equal(table["cluster"], run.labels)
     np.testing.assert_allclose(table["agreement"], run.agreement)
 
