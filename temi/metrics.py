@@ -211,8 +211,14 @@ def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int 
     Raises
     ------
     ValueError
-        If the sample has one cluster alone, or each of its images is one (scikit-learn).
+        If the sample has one cluster alone, or each of its images is one (scikit-learn); or the
+        labels are no array: a Series would be read by its index.
     """
+    if not isinstance(labels, np.ndarray):
+        raise ValueError(
+            f"labels of type {type(labels).__name__}: a NumPy array is needed, as numpy.asarray "
+            "makes of a Series or a list"
+        )
     rows = np.random.default_rng(seed).permutation(len(x))[:sample]
     distances = np.asarray(x[rows], dtype=np.float32)
     return float(sklearn_metrics.silhouette_score(distances, labels[rows], metric="cosine"))
