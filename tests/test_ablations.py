@@ -274,7 +274,7 @@ def test_values_of_a_sweep_are_in_order_and_backbones_left_out():
             ("kmeans", "num_clusters", "10", 0.8, 0)]  # fmt: skip
     table = pd.DataFrame(rows, columns=["method", "setting", "value", "acc", "seed"])
     table["settings"] = json.dumps({"num_clusters": 10, "backbone": "pixels"})
-    clusters = plots.sweeps(table).axes[1]
+    _, clusters = plots.sweeps(table).axes
     assert [text.get_text() for text in clusters.get_xticklabels()] == ["5", "10", "100"]
     assert clusters.lines[0].get_ydata() == pytest.approx([0.3, 0.8, 0.5])
     assert len(clusters.lines) == 3  # k-means with ten clusters is nothing to compare with
