@@ -348,7 +348,7 @@ def test_pixels_of_images_that_differ_in_size(folder, tmp_path):
     Image.new("RGB", (9, 9), "red").save(folder / "058.png")
     images = load_images(str(folder))
     message = r"image '058\.png' is 9 x 9 x 3 where those before are 10 x 12 x 3: give image_size"
-    for size in (8, 64):  # in a later batch, in the first
+    for size in (1, 8, 64):  # alone in its batch, in a later one, in the first
         with pytest.raises(ValueError, match=message):
             embed(images, "pixels", **options(tmp_path) | {"batch_size": size})
     assert embed(images, "pixels", image_size=4, **options(tmp_path)).x.shape == (60, 48)

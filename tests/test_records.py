@@ -171,8 +171,10 @@ def test_a_run_that_grows_is_closed_to_others(finished_before, options, monkeypa
 
     def meanwhile(*arguments):
         if not refused:
-            with pytest.raises(ValueError, match="another process trains there") as why:
-                start(run_dir, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(training, "search_neighbors", Mock(side_effect=AssertionError))
+                with pytest.raises(ValueError, match="another process trains there") as why:
+                    start(run_dir, **options)  # before any work
             refused.append(why)
         return step(*arguments)
 

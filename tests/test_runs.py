@@ -177,11 +177,15 @@ def test_a_finished_run_of_other_sources_is_not_replaced_unasked(images, tmp_pat
     job = JobConfig(run_dir=str(tmp_path / "run"), data_dir=str(tmp_path))
     config, run_dir = plan_run(job, QUICK, images)
     train(job.embed(images, config), config, run_dir=run_dir, progress=False)
-    plan_run(job, QUICK, images)  # once more the same
     smaller = dataclasses.replace(job, image_size=4)
+    plan_run(dataclasses.replace(job, labels="folders"), QUICK, images)  # which score, no more
     with pytest.raises(ValueError, match=r"holds a run with image_size=None \(now 4\); give overw"):
         plan_run(smaller, QUICK, images)
-    plan_run(dataclasses.replace(smaller, overwrite=True), QUICK, images)
+    smaller = dataclasses.replace(smaller, overwrite=True, data_dir=str(tmp_path / "b"))
+    plan_run(smaller, QUICK, images)
+    train(smaller.embed(images, config), config, run_dir=run_dir, overwrite=True, progress=False)
+    with pytest.raises(ValueError, match=r"holds a run with image_size=4 \(now None\); give overw"):
+        plan_run(job, QUICK, images)
 
 
 def test_summary(finished):
