@@ -1,3 +1,4 @@
+import copy
 import pickle
 import warnings
 
@@ -38,6 +39,16 @@ def test_it_finds_the_groups_and_says_where_new_rows_belong(blobs, fitted):
     np.testing.assert_array_equal(fitted.predict(x), fitted.labels_)
     new, classes = make_blobs(200, 8, centers=5, random_state=0)  # the same centres
     assert adjusted_rand_score(fitted.predict(new - new.mean(axis=0)), classes) > 0.95
+
+
+def test_a_cluster_that_was_left_out_leaves_its_rows_to_the_others(blobs, fitted):
+    model = copy.copy(fitted)
+    model._kept = np.array([0, 2, 3, 4])
+    clusters, probs = model.run_.predict(blobs[0]), model.run_.predict_proba(blobs[0])
+    assert (clusters == 1).any()
+    likeliest = probs[:, model._kept].argmax(axis=1)
+    expected = np.where(clusters == 1, likeliest, np.searchsorted(model._kept, clusters))
+    np.testing.assert_array_equal(model.predict(blobs[0]), expected)
 
 
 def test_probabilities(blobs, fitted):

@@ -125,6 +125,7 @@ def test_numbers_of_three_digits(table):
 def test_names_that_a_file_does_not_keep_are_none(table, tmp_path):
     missing = table.assign(name=["cats" if c == 0 else None for c in table["cluster"]])
     assert names_in(missing) == {0: "cats"}
+    assert names_in(table.assign(name=table["cluster"].map({1: 1.5}))) == {1: "1.5"}
     named = temi.apply_names(table, names({"0": "NA", "1": "1990"}))  # pandas reads the former as
     temi.write_assignments(named, tmp_path)  # missing, so the others as 1990.0 and 2.0
     assert names_in(pd.read_csv(tmp_path / "assignments.csv")) == {1: "1990"}
