@@ -88,8 +88,8 @@ def check_columns(table: pd.DataFrame, *names: str) -> None:
             f"table: has no {', '.join(missing)}; a table of temi.assignments has, "
             "and so have the files of temi.write_assignments"
         )
-    for name in {"cluster", "second_choice"}.intersection(names):
-        if not pd.api.types.is_integer_dtype(table[name]):  # pandas turns gaps into float
+    for name in ("cluster", "second_choice"):  # which pandas turns into float where there are gaps
+        if name in names and not pd.api.types.is_integer_dtype(table[name]):
             raise ValueError(
                 f"table: {name} is {table[name].dtype}; whole numbers are allowed, "
                 f"such as table[{name!r}].astype('int64')"
@@ -129,8 +129,8 @@ def apply_names(
     clusters = table["cluster"], table["second_choice"]
     known = set(range(num_clusters)) if num_clusters else {*clusters[0], *clusters[1]}
     if unknown := {*given, *merged, *merged.values()} - known:
-        remedy = "; for new images give temi.apply_names(table, names, num_clusters) as the table"
-        remedy *= num_clusters is None
+        new = "; for new images give temi.apply_names(table, names, num_clusters) as the table"
+        remedy = "" if num_clusters else new
         raise ValueError(f"names: there is no cluster {min(unknown)} in the table{remedy}")
     cluster, second = (
         column.map(lambda c: merged.get(c, c)).astype("int64") for column in clusters

@@ -67,6 +67,14 @@ def stored(tmp_path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*.*")}
 
 
+def embedded_whole(folder, tmp_path, use):
+    """The images of a folder, after one call has embedded them undisturbed, to compare with."""
+    use(tiny())
+    images = load_images(str(folder))
+    embed(images, "tiny", **options(tmp_path / "whole"))
+    return images
+
+
 def test_values_are_those_of_the_plain_computation(folder, tmp_path, use):
     backbone = use(tiny())
     images = load_images(str(folder))
@@ -205,9 +213,7 @@ def test_what_changed_is_named_and_nothing_stale_is_used(folder, tmp_path, use):
 
 
 def test_an_interrupted_extraction_goes_on(folder, tmp_path, use, monkeypatch):
-    use(tiny())
-    images = load_images(str(folder))
-    embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     backbone = use(tiny())
 
     def interrupt(self, x, forward=Tiny.forward):
@@ -230,9 +236,7 @@ def test_an_interrupted_extraction_goes_on(folder, tmp_path, use, monkeypatch):
 def test_a_stop_while_the_cache_is_written_loses_nothing(
     folder, tmp_path, use, monkeypatch, stop_at, when
 ):
-    use(tiny())
-    images = load_images(str(folder))
-    embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     backbone = use(tiny())
 
     def stopping(write):
@@ -286,9 +290,7 @@ def overtaken(folder, monkeypatch):
 def test_a_process_that_another_was_faster_than_takes_its_embeddings(
     save_seconds, folder, tmp_path, use, monkeypatch, overtaken
 ):
-    use(tiny())
-    images = load_images(str(folder))
-    embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     backbone = use(tiny())
     monkeypatch.setattr(extraction, "SAVE_SECONDS", save_seconds)
     overtaken(**options(tmp_path))
@@ -309,9 +311,7 @@ def test_embeddings_that_another_process_has_put_there_meanwhile_are_held_agains
 
 
 def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_path, use):
-    use(tiny())
-    images = load_images(str(folder))
-    embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import test_extraction as t

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_extraction import Tiny, options, prepare, stored, tiny
+from test_extraction import Tiny, embedded_whole, options, prepare, stored, tiny
 
 import temi
 from temi import cache, extraction
@@ -106,9 +106,7 @@ def test_torchrun_writes_the_cache_of_one_process(tmp_path):
 
 
 def test_a_killed_rank_loses_nothing_that_another_number_of_ranks_needs(folder, tmp_path, use):
-    use(tiny())
-    images = temi.load_images(str(folder))
-    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     done, _ = program(tmp_path, folder, processes=2, kill=True, pause=0.1)
     assert done.returncode != 0
     there = rows_on_disk(tmp_path)
@@ -157,9 +155,7 @@ def test_a_wrong_shard_is_said_in_one_line(tmp_path, shard, capsys):
 
 
 def test_a_plain_call_computes_what_shards_left(folder, tmp_path, use):
-    use(tiny())
-    images = temi.load_images(str(folder))
-    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     assert temi.embed_shard(images, "tiny", shard="12/12", **options(tmp_path)) == 60  # empty
     assert temi.embed_shard(images, "tiny", shard="3/3", **options(tmp_path)) == 44
     backbone = use(tiny())
@@ -239,9 +235,7 @@ def test_jobs_whose_pixels_differ_in_size_are_told(folder, tmp_path):
 
 @pytest.mark.parametrize("moment", ["before the logs", "before the rows", "before the move"])
 def test_two_jobs_may_join_at_the_same_time(folder, tmp_path, use, monkeypatch, moment):
-    use(tiny())
-    images = temi.load_images(str(folder))
-    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     place, name = {
         "before the logs": (Blocks, "logs"),
         "before the rows": (Blocks, "join"),
@@ -295,9 +289,7 @@ def test_blocks_that_another_job_is_removing_are_not_read(folder, tmp_path, use,
 
 
 def test_a_block_whose_rows_are_cut_short_is_computed_again(folder, tmp_path, use):
-    use(tiny())
-    images = temi.load_images(str(folder))
-    temi.embed(images, "tiny", **options(tmp_path / "whole"))
+    images = embedded_whole(folder, tmp_path, use)
     temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
     rows = sorted(tmp_path.rglob("*.rows"))
     rows[1].write_bytes(rows[1].read_bytes()[:-2])
