@@ -70,7 +70,7 @@ def adaptive_neighbors(x: Tensor, k: int) -> np.ndarray:
     near, similarity = temi.nearest_neighbors(x, 4 * k)
     least = similarity.flatten().kthvalue(len(x) * 3 * k).values
     counts = (similarity >= least).sum(dim=1, keepdim=True).clamp_min(3)
-    return near.gather(1, torch.arange(4 * k) % counts).numpy()
+    return near.gather(1, torch.arange(4 * k, device=near.device) % counts).cpu().numpy()
 
 
 def unweighted(*tensors: Tensor, **settings):

@@ -17,6 +17,7 @@ some twenty minutes a seed on two cores for the 10,000 images of CIFAR-10.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,14 +111,16 @@ def complete(file: Path, runs: list[tuple[Features, dict]]) -> pd.DataFrame:
     return read(file)
 
 
-def load(options: argparse.Namespace) -> list[Features]:
-    """Embeddings of each data set."""
+def load(
+    options: argparse.Namespace, part: Callable[[temi.ImageSet], temi.ImageSet] = lambda all_: all_
+) -> list[Features]:
+    """Embeddings of each data set, of folders those of the ``part`` that is taken of each."""
     sets = []
     for name, file in options.features:
         dataset, _, backbone = name.partition("/")
         sets.append(named(temi.load_features(file), dataset, backbone or "own"))
     for name, folder in options.images:
-        images = temi.load_images(folder, labels="folders")
+        images = part(temi.load_images(folder, labels="folders"))
         features = temi.embed(images, "efficientnet_lite0", image_size=112)
         sets.append(named(features, name, "efficientnet_lite0"))
     return sets

@@ -95,7 +95,7 @@ def run_ours(x: np.ndarray, y: np.ndarray, config: temi.TrainConfig, parts: int)
     def look(training: Training, epoch: float) -> None:
         heads = head_labels(training.state.teacher, training.x)
         last = training.history[-1]["head_losses"] if training.step == 0 else training.losses
-        best = int(np.argmin(last))  # of the epoch so far
+        best = int(torch.as_tensor(last).argmin())  # of the epoch so far
         aligned = ensemble.relabel(heads, ensemble.align_heads(heads, config.num_clusters, best))
         vote, _ = ensemble.vote(aligned, config.num_clusters, best)
         seconds = np.interp(epoch, np.arange(len(ends)), ends)
