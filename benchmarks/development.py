@@ -3,11 +3,11 @@
 Development data are those whose labels may choose settings: every other image of the digits; the
 first 1,000 training images of each class of CIFAR-10 (JPEG); the first 50 classes of
 Tiny-ImageNet-100. Trains ``fast`` on them with other neighbours, other groups or less work
-(:data:`VARIANTS`), in fp32, over enough seeds to tell a point from chance. Writes a row a run to
-results/development.csv, as they come; those that are there are skipped.
+(:data:`VARIANTS`), in fp32, over eight seeds: a mean of theirs is half a point to a point off. A row
+a run goes to results/development.csv, as they come; those that are there are skipped.
 
     python benchmarks/development.py --images cifar10=PATH-TO-CIFAR10-JPEG/train \
-        --images tiny-imagenet-100=PATH-TO-TINY-IMAGENET-100 --device cuda --jobs 16
+        --images tiny100=PATH-TO-TINY-IMAGENET-100 --device cuda --jobs 16
 
 embeds photographs with EfficientNet-Lite0 at 112 pixels (trained with ImageNet's labels): of each
 data set the first 1,000 images of each of the first 50 classes. ``--features
