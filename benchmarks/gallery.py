@@ -24,6 +24,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 import temi
 from temi.files import write_json
+from temi.image_files import ImageFiles
 
 RESULTS = Path(__file__).parents[1] / "results" / "benchmarks" / "gallery.json"
 SIZES = {10_000: 20, 100_000: 200}  # images -> clusters
@@ -38,7 +39,7 @@ PAINTED = """() => {
 def repeated(images: temi.ImageSet, count: int) -> temi.ImageSet:
     """So many images, the given ones over and over."""
     times = -(-count // len(images))
-    files = temi.data.ImageFiles(images.images.root, (images.images.names * times)[:count])
+    files = ImageFiles(images.images.root, (images.images.names * times)[:count])
     ids = tuple(f"{i:06d}/{name}" for i, name in enumerate((images.ids * times)[:count]))
     return temi.ImageSet(images.name, files, ids)
 

@@ -13,9 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from temi.files import readable_path, writable_path
-from temi.image_files import ImageFiles, UnreadableImageError, list_images, readable_name
-
-__all__ = ["ImageFiles", "ImageSet", "UnreadableImageError", "check_dataset", "load_images"]
+from temi.image_files import ImageFiles, list_images, readable_name
 
 SPLITS: dict[str, tuple[str, ...]] = {  # the first is taken where none is asked for
     "digits": (),

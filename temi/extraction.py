@@ -20,7 +20,7 @@ from temi.backbones import Backbone, named_size
 from temi.blocks import Blocks, kept
 from temi.checks import check_types
 from temi.config import Device, Precision
-from temi.data import ImageSet, UnreadableImageError
+from temi.data import ImageSet
 from temi.devices import (
     check_precision,
     half_precision,
@@ -30,7 +30,7 @@ from temi.devices import (
     uses_bf16,
 )
 from temi.distributed import count, from_first, is_first, on_this_machine, rank
-from temi.image_files import needed_at
+from temi.image_files import UnreadableImageError, needed_at
 
 BLANK = "its embedding is all zeros, which has no direction"
 SAVE_SECONDS = 10.0  # what a killed extraction loses at most

@@ -33,16 +33,9 @@ from temi.rows import Rows, choose_place, prepared_rows, rows_per_block
 from temi.rundirs import Place, check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
-from temi.steps import TrainState, draw_pairs, learning_rate_at, teacher_temp_at, training_step
-from temi.trouble import (
-    DivergenceError,
-    Signals,
-    auto_batch,
-    collapsed_heads,
-    what_fits,
-)
+from temi.steps import draw_pairs, teacher_temp_at
+from temi.trouble import DivergenceError, Signals, auto_batch, collapsed_heads, what_fits
 
-__all__ = ["TrainState", "draw_pairs", "learning_rate_at", "train", "training_step"]
 RETRIES = 5
 
 

@@ -12,8 +12,9 @@ from test_names import names
 
 import temi
 from temi import ensemble
-from temi.data import ImageFiles, ImageSet
+from temi.data import ImageSet
 from temi.export import check_replaceable
+from temi.image_files import ImageFiles
 
 HOSTILE = ("a b.png", "a\"b'c.png", "<script>alert(1)<|script>.png", "né 日本.png", "=1+1,2.png",
            "line\nbreak.png", os.fsdecode(b"no-utf8-\xff.png"), "back\\slash.png")  # fmt: skip

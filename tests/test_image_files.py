@@ -14,11 +14,17 @@ from PIL import Image
 from temi import image_files, plots
 from temi.backbones import load_backbone
 from temi.cache import embed
-from temi.data import UnreadableImageError, load_images
+from temi.data import load_images
 from temi.extraction import _Batches
 from temi.files import write_json
 from temi.gallery import write_gallery
-from temi.image_files import ImageFiles, decode, list_images, readable_name
+from temi.image_files import (
+    ImageFiles,
+    UnreadableImageError,
+    decode,
+    list_images,
+    readable_name,
+)
 
 RED, GREY = (255, 0, 0), 128
 

@@ -22,6 +22,7 @@ from temi.embeddings import Features
 from temi.neighbors import check_neighbors
 from temi.rundirs import differences, lock_of, part_of
 from temi.runs import list_runs, load_run
+from temi.steps import training_step
 from temi.training import train
 
 X, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
@@ -46,24 +47,18 @@ def results(run_dir) -> dict:
 
 def cut_short(run_dir, monkeypatch, epochs=3, **options):
     """A run that ends, by an exception, after so many epochs."""
-    steps, step = [], temi_step()
+    steps = []
 
     def failing(*arguments):
         steps.append(1)
         if len(steps) > 4 * epochs:
             raise RuntimeError("planted")
-        return step(*arguments)
+        return training_step(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr("temi.state.training_step", failing)
         with pytest.raises(RuntimeError, match="planted"):
             start(run_dir, **options)
-
-
-def temi_step():
-    from temi.training import training_step
-
-    return training_step
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +160,7 @@ def test_a_run_that_another_process_has_begun_meanwhile_stays(options, monkeypat
 @pytest.mark.parametrize("options", [{"resume": "auto"}, {"overwrite": True}])
 @pytest.mark.parametrize("finished_before", [False, True])
 def test_a_run_that_grows_is_closed_to_others(finished_before, options, monkeypatch, tmp_path):
-    run_dir, step, refused = tmp_path / "run", temi_step(), []
+    run_dir, refused = tmp_path / "run", []
     if finished_before:
         start(run_dir)
 
@@ -176,7 +171,7 @@ def test_a_run_that_grows_is_closed_to_others(finished_before, options, monkeypa
                 with pytest.raises(ValueError, match="another process trains there") as why:
                     start(run_dir, **options)  # before any work
             refused.append(why)
-        return step(*arguments)
+        return training_step(*arguments)
 
     monkeypatch.setattr("temi.state.training_step", meanwhile)
     start(run_dir)

@@ -19,7 +19,7 @@ from temi.rows import (
     prepared_rows,
     rows_per_block,
 )
-from temi.steps import draw_pairs
+from temi.steps import draw_pairs, training_step
 from temi.training import train
 
 CPU = torch.device("cpu")
@@ -190,13 +190,13 @@ def test_a_stopped_run_goes_on_in_the_same_order(
 ):
     options = {"neighbors": NEAR, "progress": False, "resume": "auto"}
     whole = train(mapped, SMALL, **options, run_dir=tmp_path / "whole", keep_rows="file")
-    steps, step = [], training.training_step
+    steps = []
 
     def stopping(*arguments):
         steps.append(arguments)
         if len(steps) == 9:  # the third of the second epoch
             raise KeyboardInterrupt
-        return step(*arguments)
+        return training_step(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr("temi.state.training_step", stopping)

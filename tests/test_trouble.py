@@ -57,14 +57,14 @@ def emergency_of(run_dir) -> dict:
 
 def at_step(number, monkeypatch, plant):
     """Do ``plant(state)`` before the step of that number, once; remember the states before."""
-    step, calls, before = temi.training.training_step, [], {}
+    calls, before = [], {}
 
     def planting(state, *arguments):
         if len(calls) == number:
             before.update(state.capture())
             plant(state)
         calls.append(state)
-        return step(state, *arguments)
+        return training_step(state, *arguments)
 
     monkeypatch.setattr("temi.state.training_step", planting)
     return before
