@@ -153,18 +153,11 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         return self
 
     def _config(self, num_rows: int, seed: int) -> TrainConfig:
-        settings = {
-            "num_heads": self.n_heads,
-            "beta": self.beta,
-            "num_neighbors": self.n_neighbors,
-            "batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-            "epochs": self.epochs,
-            "normalize": self.normalize,
-        }
         config = TrainConfig(
-            num_clusters=int(self.n_clusters), recipe=self.recipe, seed=seed, device=self.device,
-            **settings,
+            num_clusters=int(self.n_clusters), recipe=self.recipe, num_heads=self.n_heads,
+            beta=self.beta, num_neighbors=self.n_neighbors, batch_size=self.batch_size,
+            learning_rate=self.learning_rate, epochs=self.epochs, normalize=self.normalize,
+            seed=seed, device=self.device,
         )  # fmt: skip
         cut: dict[str, Any] = {}
         if config.batch_size != "auto":
