@@ -85,27 +85,16 @@ class Run:
     ) -> "Run":
         """Align the heads, given their clusters [H, N] in each head's own numbers, and vote."""
         clusters = config.num_clusters
-        losses = history[-1]["head_losses"] if history else [0.0] * len(own_labels)
-        head_losses = np.array(losses)
+        head_losses = np.array(history[-1]["head_losses"] if history else [0.0] * len(own_labels))
         best = int(head_losses.argmin())
         alignment = ensemble.align_heads(own_labels, clusters, best)
         aligned = ensemble.relabel(own_labels, alignment)
         voted = ensemble.vote(aligned, clusters, best)
         seconds = seconds | {"training": sum(entry["seconds"] for entry in history)}
         return cls(
-            config,
-            manifest,
-            teacher,
-            mean,
-            axes,
-            head_losses,
-            alignment,
-            aligned,
-            *voted,
-            history,
-            retries,
-            seconds,
-        )
+            config, manifest, teacher, mean, axes, head_losses, alignment, aligned, *voted,
+            history, retries, seconds,
+        )  # fmt: skip
 
     @property
     def best_head(self) -> int:
@@ -275,12 +264,12 @@ def load_run(path: str | Path) -> Run:
     found = readable_path(path)
     if not found.exists():
         raise ValueError(f"path={str(path)!r}: there is no such run directory or checkpoint")
-    content = checkpoints.load(found) if found.is_file() else None
-    if found.is_dir():
-        newest = checkpoints.newest(found / checkpoints.FOLDER)
-        if newest is None:
-            raise ValueError(f"path={str(path)!r}: holds no checkpoint")
+    if found.is_file():
+        content = checkpoints.load(found)
+    elif newest := checkpoints.newest(found / checkpoints.FOLDER):
         _, content = newest
+    else:
+        raise ValueError(f"path={str(path)!r}: holds no checkpoint")
     settings = {key: value for key, value in content["config"].items()
                 if key not in ("dataset", "backbone", "device", "precision")}  # fmt: skip
     config = TrainConfig(**settings)
