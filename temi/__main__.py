@@ -219,11 +219,11 @@ class Embed(Summary, create_model("Extraction", **options(
 
         load = partial(temi.load_images, self.dataset, split=self.split, data_dir=self.data_dir)
         images = distributed.first_ahead(load)
-        given = self.model_dump(exclude={"dataset", "split", "json_summary"})
+        given = self.model_dump(exclude={"dataset", "split", "shard", "json_summary"})
         if self.shard is not None:
-            missing = temi.embed_shard(images, **given)
+            missing = temi.embed_shard(images, shard=self.shard, **given)
             return {"images": len(images), "shard": self.shard, "missing": missing}
-        features = temi.embed(images, **{key: given[key] for key in given if key != "shard"})
+        features = temi.embed(images, **given)
         manifest = features.manifest
         return {
             "images": len(features),
