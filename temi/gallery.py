@@ -85,17 +85,18 @@ def write_gallery(
             raise ValueError(
                 f"points: shape {points.shape}; {(len(table), 2)} is allowed, all numbers finite"
             )
-    state: tuple[dict[int, str], dict[int, int]] = (names_in(table), {})
-    if names is not None:
+    if names is None:
+        given, merged = names_in(table), {}
+    else:
         apply_names(table, names)  # refuses a cluster that there is not
-        state = read_names(names)
+        given, merged = read_names(names)
     path = Path(path).expanduser().absolute()
     sizes = table["cluster"].map(table["cluster"].value_counts())
     order = np.lexsort((-table["confidence"], table["cluster"], -sizes))
     table = table.iloc[order]
     rows = images.rows(table["path"])
     data: dict[str, Any] = _columns(table) | _places(points, order)
-    data |= {"title": title, "names": state[0], "merged": state[1], "pack": PACK}
+    data |= {"title": title, "names": given, "merged": merged, "pack": PACK}
     data["thumbnail"] = thumbnail
     key = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     beside = path.with_name(f"{path.stem}_files")
