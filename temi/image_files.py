@@ -166,7 +166,7 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
                     image.draft(None, (ENOUGH * side, ENOUGH * side))  # does nothing but to JPEG
                 image.load()
                 return np.array(_eight_bit(_upright(image)))
-    except UnreadableImageError:
+    except (UnreadableImageError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise UnreadableImageError("not an image in a known format") from None
@@ -174,8 +174,6 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
         raise UnreadableImageError(
             f"too large: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
         ) from None
-    except MemoryError:
-        raise
     except OSError as error:
         if error.errno in _NOT_OF_THE_FILE:
             raise
