@@ -128,8 +128,8 @@ def choose_place(
     place = rows
     if rows == "auto":
         place = "device" if needed <= SHARE * left else "file"
-    if rows == "auto" and place == "file" and device.type == "cuda":
-        place = "host" if needed <= SHARE * available_memory(CPU) else "file"
+        if place == "file" and device.type == "cuda" and needed <= SHARE * available_memory(CPU):
+            place = "host"
     if place == "file" and search:
         raise ValueError(
             f"neighbors=None: rows that stay in their file are not searched; give neighbors "
