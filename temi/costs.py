@@ -111,7 +111,9 @@ def flops_per_image(backbone: str, image_size: int | None = None) -> float:
     ValueError
         If the operations of that backbone are not known here, or it does not take that size.
     """
-    _check_backbone(backbone)
+    if backbone not in BACKBONES:
+        known = ", ".join(map(repr, BACKBONES))
+        raise ValueError(f"backbone={backbone!r}: the operations of {known} are known, no others")
     side = 224 if image_size is None else image_size
     _check_number("image_size", side)
     if backbone == "pixels":
@@ -220,12 +222,6 @@ def estimate_costs(
 def _check_number(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}={value!r}: a whole number from 1 is allowed")
-
-
-def _check_backbone(name: str) -> None:
-    if name not in BACKBONES:
-        allowed = ", ".join(map(repr, BACKBONES))
-        raise ValueError(f"backbone={name!r}: the operations of {allowed} are known, no others")
 
 
 def _architecture(backbone: str) -> tuple[int, int]:
