@@ -56,6 +56,7 @@ import torch
 from tqdm import tqdm
 
 import temi
+from benchmarks.table import alike
 from temi import embeddings, ensemble, heads, losses, metrics, neighbors, state, steps, training
 from temi.devices import device_name
 from temi.embeddings import Features
@@ -267,11 +268,6 @@ def read(file: Path) -> pd.DataFrame:
     if not file.exists():
         return pd.DataFrame(columns=COLUMNS)
     return pd.read_csv(file, dtype=dict.fromkeys(["value", "failed", "fingerprint", "code"], str))
-
-
-def alike(table: pd.DataFrame, row: dict, columns: list[str]) -> np.ndarray:
-    """Which rows of the table have the same in these columns."""
-    return (table[columns].astype(str) == [str(row[name]) for name in columns]).all(axis=1)
 
 
 def store(row: dict, labels: np.ndarray | None, file: Path, source: str) -> None:

@@ -35,10 +35,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import temi
-from benchmarks.ablations import alike, pair
+from benchmarks.ablations import pair
+from benchmarks.table import has, put
 from temi import losses
 from temi.embeddings import Features, normalize
-from temi.files import write_whole
 from temi.image_files import ImageFiles
 
 FILE = Path(__file__).parents[1] / "results" / "beyond.csv"
@@ -160,11 +160,6 @@ def scores(
     return {name: round(float(value), 4) for name, value in found.items()}
 
 
-def read() -> pd.DataFrame:
-    """The rows that are there."""
-    return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=COLUMNS)
-
-
 def measure(name: str, images: temi.ImageSet, seeds: int, precision: str) -> None:
     """The rows of a data set that are not there yet."""
     spaces = embeddings(images)
@@ -175,7 +170,7 @@ def measure(name: str, images: temi.ImageSet, seeds: int, precision: str) -> Non
     for seed in range(seeds):
         for variant in VARIANTS:
             row = {"dataset": name, "variant": variant, "seed": seed, "precision": precision}
-            if alike(read(), row, [*RUN, "precision"]).any():
+            if has(FILE, row, [*RUN, "precision"]):
                 continue
             features = spaces.get(variant, plain)
             if variant.startswith("k-means"):
@@ -189,11 +184,7 @@ def measure(name: str, images: temi.ImageSet, seeds: int, precision: str) -> Non
                 labels = classified(run, features)
                 rows.append(row | {"variant": CLASSIFIER} | score(labels))
             print(pd.DataFrame(rows).to_string(index=False, header=False), flush=True)
-            table = read()  # again: other runs may have come while this one took its time
-            for each in rows:
-                table = table[~alike(table, each, RUN)]
-            table = pd.DataFrame([*table.to_dict("records"), *rows], columns=COLUMNS)
-            write_whole(FILE, table.to_csv(index=False))
+            put(FILE, rows, RUN, COLUMNS)
 
 
 def main() -> None:

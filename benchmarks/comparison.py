@@ -24,9 +24,9 @@ import numpy as np
 import pandas as pd
 
 import temi
-from benchmarks.ablations import BASE, alike, named, pair
+from benchmarks.ablations import BASE, named, pair
+from benchmarks.table import has, put
 from temi.embeddings import Features
-from temi.files import write_whole
 from temi.metrics import SCORES
 from temi.results import run_settings
 from temi.trouble import DivergenceError
@@ -89,26 +89,16 @@ def measure(features: Features, row: dict) -> list[dict]:
     return [row | {"reading": name} | scores(labels, features) for name, labels in found.items()]
 
 
-def read(file: Path) -> pd.DataFrame:
-    """The rows that are there; ``beta`` as text, empty for k-means."""
-    if not file.exists():
-        return pd.DataFrame(columns=COLUMNS)
-    table = pd.read_csv(file, dtype={"beta": str})
-    return table.fillna({"beta": ""})
-
-
 def complete(file: Path, runs: list[tuple[Features, dict]]) -> pd.DataFrame:
     """Do the runs that the table lacks, and write it after each; returns it."""
     for features, row in runs:
-        if alike(read(file), row, RUN + KEY).any():
+        if has(file, row, RUN + KEY):
             continue
         rows = measure(features, row)
         shown = pd.DataFrame(rows, columns=COLUMNS)[[*RUN, "reading", *SCORES, "recall", "failed"]]
         print(shown.to_string(), flush=True)
-        table = read(file)  # again: other runs may have come while this one took its time
-        kept = table[~alike(table, row, RUN)].to_dict("records")
-        write_whole(file, pd.DataFrame([*kept, *rows], columns=COLUMNS).to_csv(index=False))
-    return read(file)
+        put(file, rows, RUN, COLUMNS)
+    return pd.read_csv(file)
 
 
 def load(

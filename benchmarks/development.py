@@ -29,9 +29,10 @@ import torch
 from tqdm import tqdm
 
 import temi
-from benchmarks.ablations import alike, named
+from benchmarks.ablations import named
 from benchmarks.beyond import adaptive_neighbors
 from benchmarks.comparison import load, parser
+from benchmarks.table import has, put
 from temi.devices import device_name
 from temi.embeddings import Features, normalize
 from temi.files import write_whole
@@ -94,32 +95,28 @@ def measure(features: Features, row: dict, device: str) -> dict:
     return row | {"device": device_name(torch.device(device))}
 
 
-def read() -> pd.DataFrame:
-    """The rows that are there."""
-    return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=COLUMNS)
-
-
 def main() -> None:
     described = parser(__doc__)
     described.add_argument("--device", default="cpu")
     described.add_argument("--jobs", type=int, default=1, help="runs at a time")
     described.set_defaults(seeds=8)
-    options, there = described.parse_args(), read()
+    options = described.parse_args()
     digits = temi.load_images("digits")
     digits = part(digits, np.arange(0, len(digits), 2))
     digits = named(temi.embed(digits), "digits", "pixels")
     sets, jobs = [digits, *load(options, first_of_each_class)], []
     for seed, features, variant in itertools.product(range(options.seeds), sets, VARIANTS):
         row = {"dataset": features.dataset, "variant": variant, "seed": seed}
-        if not alike(there, row, RUN).any():
+        if not has(FILE, row, RUN):
             jobs.append((features, row))
     rows = joblib.Parallel(options.jobs, return_as="generator_unordered")(
         joblib.delayed(measure)(*job, options.device) for job in jobs
     )
     for row in tqdm(rows, total=len(jobs), unit="run"):
-        table = pd.DataFrame([*read().to_dict("records"), row], columns=COLUMNS)
-        write_whole(FILE, table.sort_values(RUN).to_csv(index=False))
-    groups = read().groupby(["variant", "dataset"], sort=False)
+        put(FILE, [row], RUN, COLUMNS)
+    table = pd.read_csv(FILE).sort_values(RUN)
+    write_whole(FILE, table.to_csv(index=False))
+    groups = table.groupby(["variant", "dataset"], sort=False)
     print((100 * groups[["acc", "nmi"]].mean()).round(1).unstack().to_string())
 
 

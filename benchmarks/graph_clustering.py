@@ -20,20 +20,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.cluster import AgglomerativeClustering, SpectralClustering
 
 import temi
-from benchmarks.ablations import alike
 from benchmarks.comparison import load, parser
+from benchmarks.table import has, put
 from temi.embeddings import Features, mean_embedding, normalize, principal_axes
-from temi.files import write_whole
 
 FILE = Path(__file__).parents[1] / "results" / "graph_clustering.csv"
 DIMENSIONS = 256  # those that the heads see
 RUN = ["dataset", "method", "seed"]  # names a run
 SCORES = ["acc", "nmi", "ari"]
+COLUMNS = [*RUN, "seconds", *SCORES, "images", "threads"]
 
 
 def methods(features: Features, x: np.ndarray, seed: int) -> dict[str, Callable[[], np.ndarray]]:
@@ -49,11 +48,6 @@ def methods(features: Features, x: np.ndarray, seed: int) -> dict[str, Callable[
     }
 
 
-def read() -> pd.DataFrame:
-    """The rows that are there."""
-    return pd.read_csv(FILE) if FILE.exists() else pd.DataFrame(columns=RUN)
-
-
 def measure(features: Features, seeds: int) -> None:
     """The rows of a data set that are not there yet."""
     mean = mean_embedding(features.x, "center-l2")
@@ -61,7 +55,7 @@ def measure(features: Features, seeds: int) -> None:
     for seed in range(seeds):
         for name, cluster in methods(features, x, seed).items():
             row = {"dataset": features.dataset, "method": name, "seed": seed}
-            if alike(read(), row, RUN).any() or (name == "Ward" and seed):
+            if has(FILE, row, RUN) or (name == "Ward" and seed):
                 continue
             clock = time.perf_counter()
             labels = cluster()
@@ -70,8 +64,7 @@ def measure(features: Features, seeds: int) -> None:
             row |= {score: round(found[score], 4) for score in SCORES}
             row |= {"images": len(features), "threads": torch.get_num_threads()}
             print(row, flush=True)
-            table = pd.DataFrame([*read().to_dict("records"), row])
-            write_whole(FILE, table.to_csv(index=False))
+            put(FILE, [row], RUN, COLUMNS)
 
 
 def main() -> None:

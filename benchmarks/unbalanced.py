@@ -54,7 +54,7 @@ def main() -> None:
                 runs.append((part, plan(part, "k-means", seed)))
                 runs += [(part, plan(part, "fast", seed, beta=beta)) for beta in BETAS]
     table = complete(FILE, runs)
-    groups = table.groupby(["dataset", "method", "beta", "reading"], sort=False)
+    groups = table.groupby(["dataset", "method", "beta", "reading"], sort=False, dropna=False)
     print(groups[["acc", "nmi", "ari", "recall", "balance"]].mean().round(3).to_string())
 
 

@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import temi
@@ -69,7 +70,7 @@ def test_rows_that_are_there_stay(features, monkeypatch, tmp_path):
         development.main()
     of_digits_and_blobs = 2 * [(0, False), (0, True)] + 2 * [(1, False), (1, True)]
     assert trained == of_digits_and_blobs
-    table = development.read()
+    table = pd.read_csv(file)
     assert table.groupby("dataset").size().to_dict() == {"blobs": 4, "digits": 4}
     assert (table["acc"] == 1).all()
     assert set(table["images"]) == {100, 899}
