@@ -129,8 +129,9 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:2])
     options = options.parse_args()
+    sets = load(options)
     runs = [(features, plan(features, method, seed))
-            for seed in range(options.seeds) for features in load(options)
+            for seed in range(options.seeds) for features in sets
             for method in options.methods]  # fmt: skip
     table = complete(FILE, runs)
     groups = table.groupby(["dataset", "method", "reading"], sort=False)
