@@ -57,7 +57,7 @@ class Record:
         self._writer: Any = None
         self._lock = ExitStack()
         self._neighbors = resumed[1].get("neighbors") if resumed else None
-        if place.run_dir is None or self.folder is None:
+        if self.folder is None:
             return
         self.checkpoints = self.folder / checkpoints.FOLDER
         with ExitStack() as unless_begun:
@@ -71,10 +71,9 @@ class Record:
             self._begin(path, settings)
         write_json(self.folder / SETTINGS, settings)
         self.checkpoints.mkdir(exist_ok=True)
-        if path is not None and content is not None:
+        if path is not None:
             if path.name != checkpoints.LATEST:
-                latest = self.checkpoints / checkpoints.LATEST
-                checkpoints.link(path, latest)
+                checkpoints.link(path, self.checkpoints / checkpoints.LATEST)
             if content["step"] == 0 and content["history"]:
                 self._keep(content)  # a kill may have come between the file and its other names
 
