@@ -107,16 +107,7 @@ def plan_run(
 def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:
     """``runs/DATASET-BACKBONE``, followed by the settings that differ from the recipe.
 
-    Parameters
-    ----------
-    dataset, backbone : str
-    config : TrainConfig
-        As given, before :meth:`temi.TrainConfig.resolve`: a number of clusters counts as different.
-
-    Returns
-    -------
-    Path
-        Below :func:`temi.files.home`.
+    They are those given, before :meth:`temi.TrainConfig.resolve`: a number of clusters counts.
     """
     parts = [path_part(dataset), path_part(backbone)]
     parts += [config.recipe] * (config.recipe != "fast")
