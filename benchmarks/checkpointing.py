@@ -22,6 +22,7 @@ import torch
 
 import temi
 import temi.training
+from temi.devices import device_name, resolve_device
 from temi.files import results_file, write_json
 from temi.records import Record
 
@@ -80,12 +81,10 @@ def main() -> None:
         "heads": config.num_heads,
         "checkpoint_bytes": size,
         "threads": torch.get_num_threads(),
-        "device": "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "device": device_name(resolve_device(config.device)),
         "torch": torch.__version__,
     }
-    target = results_file("benchmarks/checkpointing.json")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, result)
+    write_json(results_file("benchmarks/checkpointing.json"), result)
     print(f"cost {ratio - 1:.1%} of the steps; a checkpoint has {size / 1e6:.0f} MB")
 
 
