@@ -6,6 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import timm
+import timm.data
 import torch
 from PIL import Image
 from plain_dinov2 import random_images
@@ -126,8 +127,6 @@ def test_efficientnet_lite0_without_its_package(monkeypatch):
 
 
 def timms_own(model: str, tensors: dict, picture: np.ndarray, **size) -> torch.Tensor:
-    import timm.data
-
     network = timm.create_model(model, num_classes=0).eval()
     network.load_state_dict({key: tensors[key] for key in network.state_dict()})
     if size:
@@ -145,8 +144,6 @@ def timms_own(model: str, tensors: dict, picture: np.ndarray, **size) -> torch.T
 )
 @pytest.mark.parametrize("image_size", [None, 96])
 def test_timm_models_give_timms_own_features(model, image_size, tmp_path):
-    import timm
-
     torch.manual_seed(0)
     tensors = timm.create_model(model, num_classes=7).state_dict()  # as fine-tuned elsewhere
     save_file(tensors, tmp_path / "model.safetensors")
@@ -162,8 +159,6 @@ def test_timm_models_give_timms_own_features(model, image_size, tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path):
-    import timm
-
     for model in ("test_vit", "gmixer_12_224"):
         save_file(timm.create_model(model).state_dict(), tmp_path / f"{model}.safetensors")
         with pytest.raises(ValueError, match=f"image_size=100: timm:{model} ") as error:

@@ -44,7 +44,6 @@ def rows(**changes) -> np.ndarray:
         (np.ones((0, 3)), r"shape \(0, 3\): there are no rows"),
         (np.ones(4), r"shape \(4,\): an array of two dimensions"),
         (np.ones((2, 2, 2)), r"shape \(2, 2, 2\)"),
-        ([[1.0]], "type list"),
         (rows(dtype=np.int64), "dtype int64"),
         (np.array([["a"]]), "dtype <U1"),
         (rows(dtype=np.complex64), "dtype complex64"),

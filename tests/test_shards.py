@@ -48,13 +48,11 @@ sys.stdout.write(line)  # at once, so that no other rank's comes in between
 """
 
 
-def torchrun(processes: int, *arguments: str, **options) -> subprocess.CompletedProcess:
+def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, **options
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def program(tmp_path: Path, images: Path, processes: int, kill: bool = False, pause: float = 0.0):
