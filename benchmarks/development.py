@@ -3,8 +3,8 @@
 Development data are those whose labels may choose settings: every other image of the digits; the
 first 1,000 training images of each class of CIFAR-10 (JPEG); the first 50 classes of
 Tiny-ImageNet-100. Trains ``fast`` on them with other neighbours, other groups or less work
-(:data:`VARIANTS`), in fp32, over eight seeds: a mean of theirs is half a point to a point off. A row
-a run goes to results/development.csv, as they come; those that are there are skipped.
+(:data:`VARIANTS`), in fp32, over eight seeds, whose mean is half a point to a point off. A row a
+run goes to results/development.csv, as they come; those that are there are skipped.
 
     python benchmarks/development.py --images cifar10=PATH-TO-CIFAR10-JPEG/train \
         --images tiny100=PATH-TO-TINY-IMAGENET-100 --device cuda --jobs 16
