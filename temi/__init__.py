@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "class_recall",
             "cluster_statistics",
             "confidence_interval",
+            "coverage_curve",
             "evaluate",
             "learnability",
             "match_clusters",

@@ -126,9 +126,19 @@ def coverage_curve(labels: np.ndarray, classes: np.ndarray, sure: np.ndarray) ->
     Returns
     -------
     ndarray [N], float64
-        The last is :func:`cluster_accuracy`.
+        The last is the accuracy that :func:`temi.evaluate` gives.
+
+    Raises
+    ------
+    ValueError
+        If ``sure`` is not a number for each image.
     """
     sure = np.asarray(sure, dtype=np.float64)
+    if sure.shape != (len(labels),) or np.isnan(sure).any():
+        raise ValueError(
+            f"sure: shape {sure.shape}, {np.isnan(sure).sum()} of them no number; a number for "
+            f"each of the {len(labels)} images is allowed"
+        )
     level = pd.Series(_right(labels, classes).astype(float)).groupby(sure).transform("mean")
     surest_first = level.to_numpy()[np.argsort(-sure, kind="stable")]
     return surest_first.cumsum() / np.arange(1, len(labels) + 1)

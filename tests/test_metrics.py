@@ -96,6 +96,10 @@ def test_coverage_by_hand():
     turned = coverage_curve(labels[other], classes[other], sure[other].astype(np.float16))
     assert turned.tolist() == pytest.approx(expected)
     assert expected[-1] == cluster_accuracy(labels, classes)
+    with pytest.raises(ValueError, match=r"^sure: shape \(4,\), 0 of .* each of the 5 images"):
+        coverage_curve(labels, classes, sure[:4])
+    with pytest.raises(ValueError, match=r"^sure: shape \(5,\), 1 of them no number; "):
+        coverage_curve(labels, classes, np.append(sure[:4], np.nan))
 
 
 @pytest.mark.parametrize("labels", [[], [0, 1]])
