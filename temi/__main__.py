@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import sys
+import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -21,8 +23,9 @@ from pydantic_settings import (
 from temi import distributed
 from temi.config import RECIPES, TrainConfig
 from temi.data import holds_embeddings
+from temi.devices import is_out_of_memory
 from temi.extraction import ExtractionConfig
-from temi.files import RESULTS, SETTINGS, check_writable, read_json, readable_path
+from temi.files import RESULTS, SETTINGS, absolute, check_writable, read_json, readable_path
 from temi.parameters import JobConfig
 
 if TYPE_CHECKING:
@@ -88,13 +91,13 @@ class Cluster(Summary, Training, create_model("Photos", **options(
 
     def work(self) -> dict:
         import temi
-        from temi.export import check_replaceable
+        from temi.export import check_replaceable, check_sortable
 
         if holds_embeddings(self.folder):
             raise ValueError(
                 f"folder={self.folder!r}: holds embeddings; 'python -m temi train' takes those"
             )
-        out, folder = Path(self.out).expanduser().absolute(), readable_path(self.folder).resolve()
+        out, folder = absolute(Path(self.out).expanduser()), readable_path(self.folder).resolve()
         if folder.is_dir() and out.resolve().is_relative_to(folder):
             raise ValueError(
                 f"out={self.out!r}: lies among the images, and would be taken for some of them; "
@@ -106,6 +109,8 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
         config = _settings(self, TrainConfig)
         images = distributed.first_ahead(job.load)
+        if self.sort:
+            check_sortable(images, self.sort)
         features = None
         if config.num_clusters is None:  # the number of classes is nothing that images know
             dataclasses.replace(config, num_clusters=2).resolve(len(images))  # the other settings
@@ -130,7 +135,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         temi.write_assignments(table, out)
         points = temi.map_points(run.inputs(features).numpy()) if self.map else None
         temi.write_gallery(
-            out / "gallery.html", table, shown, title=Path(self.folder).name, points=points
+            out / "gallery.html", table, shown, title=readable_path(self.folder).name, points=points
         )
         if self.sort:
             temi.sort_images(table, shown, out / "sorted", how=self.sort)
@@ -159,8 +164,9 @@ class Predict(Summary):
         import temi
 
         run = Path(self.run) / "run" if readable_path(Path(self.run) / "run").is_dir() else self.run
-        out = Path(self.out).expanduser().absolute()
-        if (out / "run").is_dir() or (out / SETTINGS).exists():
+        out = absolute(Path(self.out).expanduser())
+        within_run = any((place / SETTINGS).exists() for place in (out, *out.resolve().parents))
+        if within_run or (out / "run").is_dir():
             raise ValueError(
                 f"out={self.out!r}: holds a run and the tables of its own images; give --out "
                 "another folder"
@@ -192,6 +198,7 @@ class Train(Summary, Training, Source):
         job, config = _settings(self, JobConfig), _settings(self, TrainConfig)
         data = distributed.first_ahead(job.load)
         config, run_dir = distributed.from_first(partial(temi.plan_run, job, config, data))
+        distributed.from_first(partial(check_writable, "run_dir", run_dir.parent))
         images = data if isinstance(data, temi.ImageSet) else None
         features = job.embed(data, config)
         temi.train(features, config, images=images, run_dir=run_dir, **job.options)
@@ -282,12 +289,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     shown = sys.stderr if command.json_summary else sys.stdout
     try:
-        with contextlib.redirect_stdout(shown), distributed.one_voice():
+        with contextlib.redirect_stdout(shown), distributed.one_voice(), _plain_warnings():
             summary = command.work()
     except (
         ValueError, OSError, MemoryError, FloatingPointError, distributed.RankLostError
     ) as error:  # fmt: skip
         distributed.say(f"error: {error}")
+        return 1
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        distributed.say(f"error: not enough memory: {error}")
         return 1
     except KeyboardInterrupt:
         resuming = " with --resume auto" if hasattr(command, "resume") else ""
@@ -297,6 +309,16 @@ def main(arguments: list[str] | None = None) -> int:
     if distributed.is_first():
         print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))
     return 0
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings in one line, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(  # type: ignore[assignment]
+            f"warning: {message}", file=sys.stderr
+        )
+        yield
 
 
 def _in_words(summary: dict) -> str:

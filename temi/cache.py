@@ -9,6 +9,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from temi.distributed import any_of, from_first, is_first, wait_for_all
 from temi.embeddings import Features, normalize
 from temi.extraction import ExtractionConfig, check_shape, extract, unreadable_error
 from temi.files import (
+    check_writable,
     path_part,
     read_json,
     readable_path,
@@ -254,13 +256,13 @@ def _fill(
     }
     if config.precision != "auto":
         identity["precision"] = config.precision
-    folder.mkdir(parents=True, exist_ok=True)
     difference = from_first(lambda: _difference(images, folder, identity))
     if difference and is_first():
         message = f"{folder} is computed anew: {difference}; another data_dir keeps both"
         warnings.warn(message, stacklevel=3)
     if not (force or difference) and from_first((folder / MANIFEST).exists):
         return 0
+    from_first(partial(check_writable, "data_dir", folder))
     blocks = extract(images, backbone, folder, identity, config, force)
     wait_for_all()
     missing = from_first(lambda: _publish(images, folder, blocks, complete=config.shard is None))

@@ -239,9 +239,10 @@ class TrainConfig:
             clusters is not known.
         """
         clusters = num_classes if self.num_clusters is None else self.num_clusters
-        if clusters is None:
+        if clusters is None or clusters < 2:  # classes
+            classes = "no known classes" if clusters is None else "one class"
             raise ValueError(
-                "num_clusters=None: these images have no known classes; give a whole number from 2"
+                f"num_clusters=None: these images have {classes}; give a whole number from 2"
             )
         recipes = RECIPES[self.recipe].get("num_neighbors")  # which nobody may have asked for
         allowed = (None, recipes, given_neighbors)

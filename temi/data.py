@@ -296,7 +296,7 @@ def _folder(name: str, root: Path, split: str | None, labels: str | None) -> Ima
         raise ValueError(f"dataset={name!r}: there is no image in this folder or below it")
     images = ImageFiles(str(root), tuple(files))
     ids = tuple(map(readable_name, files))
-    full_name = f"{root}-both" if split == "both" else str(root)
+    full_name = str(root / "train+test" if split == "both" else root)
     if labels is None:
         return ImageSet(full_name, images, ids)
     depth = int(split == "both")  # of the folders that are classes

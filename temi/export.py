@@ -176,11 +176,10 @@ def sort_images(
         it was, and nothing else is left.
     """
     check_columns(table, "path", "cluster")
-    if how not in ("copy", "hardlink", "symlink"):
-        raise ValueError(f"how={how!r}: one of 'copy', 'hardlink', 'symlink' is allowed")
+    if not len(table):
+        raise ValueError("table: no rows; a table of one image or more is needed")
+    check_sortable(images, how)
     files = images.images if isinstance(images.images, ImageFiles) else None
-    if files is None and how != "copy":
-        raise ValueError(f"how={how!r}: {images.name!r} holds no files to link to; give 'copy'")
     if names is not None:
         table = apply_names(table, names)
     folder = Path(folder).expanduser().absolute()
@@ -222,6 +221,14 @@ def sort_images(
 def _beside(folder: Path) -> tuple[Path, Path]:
     """Where a new content grows, and where the old one goes until that is there."""
     return folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+
+
+def check_sortable(images: ImageSet, how: str) -> None:
+    """Raise a ValueError if images cannot be put into folders in this way."""
+    if how not in ("copy", "hardlink", "symlink"):
+        raise ValueError(f"how={how!r}: one of 'copy', 'hardlink', 'symlink' is allowed")
+    if how != "copy" and not isinstance(images.images, ImageFiles):
+        raise ValueError(f"how={how!r}: {images.name!r} holds no files to link to; give 'copy'")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -35,13 +35,18 @@ def home() -> Path:
 
 def writable_path(path: str | Path) -> Path:
     """Where a path given for writing leads, if it is not absolute: below :func:`home`."""
-    return home() / Path(path).expanduser()
+    return absolute(home() / Path(path).expanduser())
 
 
 def readable_path(path: str | Path) -> Path:
     """Where a path given for reading leads: from the current folder, else below :func:`home`."""
     path = Path(path).expanduser()
-    return path.absolute() if path.exists() else writable_path(path)
+    return absolute(path) if path.exists() else writable_path(path)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root on, without ``..``: one name for a folder, wherever it is named."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def results_file(name: str) -> Path:

@@ -173,7 +173,14 @@ def confidence_interval(
     -------
     tuple of float
         Lower and upper end.
+
+    Raises
+    ------
+    ValueError
+        If ``level`` is no share.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level!r}: a share above 0 and below 1 is allowed")
     result = bootstrap(
         (labels, classes), score, paired=True, vectorized=False, n_resamples=resamples,
         confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
@@ -222,8 +229,10 @@ def silhouette(x: np.ndarray, labels: np.ndarray, sample: int = 2000, seed: int 
     ------
     ValueError
         If the sample has one cluster alone, or each of its images is one (scikit-learn); or the
-        labels are no array: a Series would be read by its index.
+        labels are no array: a Series would be read by its index; or ``sample`` is below 2.
     """
+    if sample < 2:
+        raise ValueError(f"sample={sample!r}: a whole number from 2 is allowed")
     if not isinstance(labels, np.ndarray):
         raise ValueError(
             f"labels of type {type(labels).__name__}: a NumPy array is needed, as numpy.asarray "
@@ -253,7 +262,14 @@ def neighbor_information(probs: np.ndarray, neighbors: np.ndarray) -> float:
     -------
     float
         In nats.
+
+    Raises
+    ------
+    ValueError
+        If ``probs`` are truth values, whose sums are none.
     """
+    if probs.dtype == bool:
+        raise ValueError("probs of type bool: numbers are needed, as probs.astype(float) has")
     if probs.ndim == 1:
         partners = probs[neighbors].ravel()
         joint = contingency_matrix(np.repeat(probs, neighbors.shape[1]), partners)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from temi import distributed
 
 LARGEST = 2**25  # similarities in memory at a time: 128 MiB in fp32
+ROUNDING = 1e-6  # of a cosine in fp32
 EXACT_UP_TO = 250_000  # rows that a CPU compares with all others in some minutes; 5 million: days
 PROBES = 64  # cells looked into; see approximate_neighbors
 COMPARED = 2**22  # numbers of rows held against others at a time: 32 MiB
@@ -50,7 +51,7 @@ def nearest_neighbors(
     Raises
     ------
     ValueError
-        If ``k`` does not fit the number of rows.
+        If ``k`` does not fit the number of rows, or ``chunk_size`` is below 1.
 
     Notes
     -----
@@ -64,6 +65,8 @@ def nearest_neighbors(
     count = len(x)
     if not 1 <= k < count:
         raise ValueError(f"num_neighbors={k}: 1 to {count - 1} is allowed with {count} rows")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size={chunk_size}: a whole number from 1, or None, is allowed")
     chunk_size = chunk_size or max(1, LARGEST // count)
     members = math.isqrt(count // k)
     groups = -(-count // members)
@@ -267,7 +270,8 @@ def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np
         Embeddings, best as the heads are given them (:meth:`temi.Run.inputs`): centred, two images
         of one object seldom come near 1.
     similarity : float
-        How much is nearly the same depends on the backbone: look at what is found.
+        Up to 1, which only copies reach, but for rounding. How much is nearly the same depends on
+        the backbone: look at what is found.
     k : int
         Cut to N - 1.
 
@@ -275,12 +279,19 @@ def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np
     -------
     list of ndarray
         Rows of each group of two or more, the largest first.
+
+    Raises
+    ------
+    ValueError
+        If no cosine can be ``similarity``.
     """
+    if not -1 <= similarity <= 1:
+        raise ValueError(f"similarity={similarity!r}: a cosine, -1 to 1, is allowed")
     count = len(x)
     if count < 2:
         return []
     near, values = (part.cpu() for part in search_neighbors(x, min(k, count - 1)))
-    rows, places = (values >= similarity).nonzero(as_tuple=True)
+    rows, places = (values >= similarity - ROUNDING).nonzero(as_tuple=True)
     columns = near[rows, places]
     links = coo_array((np.ones(len(rows)), (rows.numpy(), columns.numpy())), shape=(count, count))
     group = connected_components(links, directed=False)[1]

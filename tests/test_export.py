@@ -243,6 +243,9 @@ def test_images_without_files_become_png(table, tmp_path):
     for row, cluster in enumerate(few["cluster"]):
         path = tmp_path / "sorted" / str(cluster) / f"{images.ids[row]}.png"
         np.testing.assert_array_equal(np.array(Image.open(path)), images.images[row])
+    with pytest.raises(ValueError, match="table: no rows; a table of one image or more"):
+        temi.sort_images(few[:0], images, tmp_path / "sorted")
+    assert len(list((tmp_path / "sorted").rglob("*.png"))) == 20
     with pytest.raises(ValueError, match="how='symlink': 'digits' holds no files to link to"):
         temi.sort_images(few, images, tmp_path / "links", "symlink")
     assert not (tmp_path / "links").exists()

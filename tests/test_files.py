@@ -74,3 +74,7 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     monkeypatch.setenv("TEMI_HOME", "~/temi")
     assert writable_path("runs") == tmp_path / "temi" / "runs"
     assert writable_path(tmp_path / "x") == tmp_path / "x"
+    (tmp_path / "elsewhere" / "below").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "below")
+    assert writable_path(tmp_path / "link") == tmp_path / "link"
+    assert writable_path(tmp_path / "link" / ".." / "x") == tmp_path / "elsewhere" / "x"

@@ -141,6 +141,7 @@ def test_what_cannot_be_is_said_before_the_images_are_embedded(photos, tmp_path,
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_few_images_one_of_them_broken_without_a_number_of_clusters(photos, tmp_path, capsys):
     few = tmp_path / "few"
     few.mkdir()
@@ -148,21 +149,25 @@ def test_a_few_images_one_of_them_broken_without_a_number_of_clusters(photos, tm
         (few / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     next(few.iterdir()).write_bytes(b"broken")
     arguments = ["cluster", str(few), "--out", "groups", "--no-map", *QUICK]
-    with pytest.warns(UserWarning, match="1 of 60 images left out"):
-        assert main(arguments) == 0
-    assert "is suggested by the images themselves" in capsys.readouterr().out
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("warning: 1 of 60 images left out")
+    assert said.err.count("\n") == 1  # without the line of code that warns
+    assert "is suggested by the images themselves" in said.out
     assert len(pd.read_csv(tmp_path / "groups" / "assignments.csv")) == 59
     number = str(temi.load_run(tmp_path / "groups" / "run").config.num_clusters)
-    with pytest.warns(UserWarning, match="1 of 60"):
-        assert main([*arguments, "--num-clusters", number]) == 0
+    assert main([*arguments, "--num-clusters", number]) == 0
+    assert capsys.readouterr().err.startswith("warning: 1 of 60 ")
 
 
 def test_a_runs_own_tables_stay(photos, tmp_path, capsys):
     run = ["--run-dir", str(tmp_path / "r"), "--num-clusters", "4", *QUICK]
     assert main(["train", str(photos), "--backbone", "pixels", *run]) == 0
     before = (tmp_path / "r" / "assignments.csv").read_bytes()
-    assert main(["predict", str(tmp_path / "r"), str(photos), "--out", str(tmp_path / "r")]) == 1
-    assert "holds a run and the tables of its own images" in capsys.readouterr().err
+    for out in (tmp_path / "r", tmp_path / "r" / "checkpoints", tmp_path / "r" / "new" / "of"):
+        assert main(["predict", str(tmp_path / "r"), str(photos), "--out", str(out)]) == 1
+        assert "holds a run and the tables of its own images" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "new").exists()
     assert (tmp_path / "r" / "assignments.csv").read_bytes() == before
 
 
@@ -184,3 +189,57 @@ def test_embeddings_are_sent_to_train(tmp_path, capsys):
     np.save(tmp_path / "x.npy", np.ones((4, 3)))
     assert main(["cluster", str(tmp_path / "x.npy")]) == 1
     assert "holds embeddings; 'python -m temi train' takes those" in capsys.readouterr().err
+
+
+def test_the_same_command_on_the_same_embeddings_goes_through_twice(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    command = ["train", "x.npy", "--num-clusters", "3", "--num-heads", "2", "--epochs", "1"]
+    for _ in range(2):
+        assert main(command) == 0
+    capsys.readouterr()
+    np.save(tmp_path / "x.npy", 2 * x)
+    assert main(command) == 1
+    assert re.search(r"holds a run with sha256='\w+' \(now '\w+'\)", capsys.readouterr().err)
+
+
+def test_a_folder_is_one_data_set_wherever_it_is_named_from(photos, tmp_path, monkeypatch, capsys):
+    command = ["cluster", "--num-clusters", "3", "--no-map", *QUICK]
+    assert main([*command, str(photos), "--out", str(tmp_path / "out")]) == 0
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    monkeypatch.chdir(photos)
+    capsys.readouterr()
+    assert main([*command, "../my photos", "--out", f"{beside}/../out"]) == 0
+    assert ".." not in capsys.readouterr().out
+    assert len(list((tmp_path / "data" / "embeddings").iterdir())) == 1
+    assert main([*command, ".", "--out", str(tmp_path / "out")]) == 0
+    assert '"title":"my photos"' in (tmp_path / "out" / "gallery.html").read_text()
+
+
+def test_links_to_what_is_no_file_are_refused_before_any_work(tmp_path, capsys):
+    assert main(["cluster", "digits", "--sort", "hardlink", "--out", "out", *QUICK]) == 1
+    assert "'digits' holds no files to link to; give 'copy'" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_where_nothing_can_be_written_is_said_before_any_work(photos, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    command = ["train", str(photos), "--num-clusters", "3", *QUICK]
+    for options, said in (
+        (["--run-dir", "file"], "run_dir='{}/file': a file; a folder is allowed"),
+        (["--run-dir", "file/run"], "run_dir='{}/file': nothing can be written there"),
+        (["--data-dir", "file"], "data_dir='{}/file/"),
+    ):
+        assert main([*command, *options]) == 1
+        assert said.format(tmp_path) in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
+def test_too_many_heads_are_too_much_memory(photos, capsys, monkeypatch):
+    def too_much(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] can't allocate memory: 3 TB")
+
+    monkeypatch.setattr(temi, "train", too_much)
+    assert main(["train", str(photos), "--num-clusters", "3", *QUICK]) == 1
+    assert capsys.readouterr().err.startswith("error: not enough memory: [enforce fail")

@@ -260,3 +260,14 @@ def test_learnability_of_sorted_images_and_its_seed():
 def test_one_class_alone_can_be_ordered():
     counts = matched_counts(np.array([0, 1]), np.array([3, 3]), by_similarity=True)
     assert counts.to_numpy().tolist() == [[1, 1]]
+
+
+def test_what_would_give_no_score_is_refused():
+    labels, x = np.arange(40) % 4, np.random.default_rng(0).normal(size=(40, 3))
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match=f"level={level}: a share above 0 and below 1"):
+            confidence_interval(labels, labels, level=level)
+    with pytest.raises(ValueError, match="sample=-5: a whole number from 2"):
+        silhouette(x, labels, sample=-5)
+    with pytest.raises(ValueError, match="probs of type bool: numbers are needed"):
+        neighbor_information(np.eye(4, dtype=bool)[labels], np.zeros((40, 1), dtype=int))

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
+import temi
 from temi import neighbors
 from temi.neighbors import (
     approximate_neighbors,
@@ -140,3 +141,15 @@ def test_similarities_are_cosines_whatever_the_lengths(blobs):
     x, queries = blobs[:50].float(), blobs[50:57].float()
     expected = nearest_similarities(queries, x, 2)
     torch.testing.assert_close(nearest_similarities(2 * queries, 3 * x, 2), expected)
+
+
+def test_copies_are_alike_but_for_rounding():
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    groups = temi.near_duplicates(torch.cat([x, 3 * x[:50]]), similarity=1.0)
+    assert sorted(rows.tolist() for rows in groups) == [[row, 200 + row] for row in range(50)]
+    for similarity in (97, -1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"similarity=.*: a cosine, -1 to 1, is allowed"):
+            temi.near_duplicates(x, similarity=similarity)
+    for chunk_size in (-1, 0):
+        with pytest.raises(ValueError, match=f"chunk_size={chunk_size}: a whole number from 1"):
+            temi.nearest_neighbors(x, 3, chunk_size=chunk_size)

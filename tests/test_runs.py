@@ -160,6 +160,15 @@ def test_default_directory(monkeypatch, tmp_path):
     }
     for name, config in names.items():
         assert default_run_dir("digits", "pixels", config) == tmp_path / "runs" / name
+    many = dict(learning_rate=0.0031, weight_decay=0.00011, teacher_momentum=0.91, beta=0.71)
+    many |= dict(teacher_temp=0.091, student_temp=0.091, clip_grad=2.5, normalize="l2", seed=5)
+    one, other = (
+        default_run_dir("digits", "pixels", TrainConfig(**many, pca_dim=dim)).name
+        for dim in (11, 12)
+    )
+    assert one.startswith("digits-pixels-beta0.71-")
+    assert one != other
+    assert len(one) == len(other) == 150  # with what stands beside it, a file system takes 255
 
 
 def test_plan(images, monkeypatch, tmp_path):

@@ -270,3 +270,10 @@ def test_loading_draws_no_random_numbers(small):
     before = torch.get_rng_state()
     pretrained.dinov2(name, 224, path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tensor_of_whole_numbers_is_refused(small, tmp_path):
+    name, tensors, *_ = small
+    torch.save(tensors | {"norm.weight": tensors["norm.weight"].long()}, tmp_path / "int.pth")
+    with pytest.raises(ValueError, match=r"int\.pth'.*norm\.weight.*floating point"):
+        load_backbone(name, weights=tmp_path / "int.pth")
