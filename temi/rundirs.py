@@ -101,11 +101,11 @@ def plan_run(
     if stage(run_dir) == "finished" and not (job.resume or job.overwrite):
         made_from = read_json(run_dir / RESULTS)["provenance"]["features"]
         if isinstance(data, ImageSet):
-            before, now = made_from.get("job", {}), job.source
+            before = made_from.get("job", job.source)  # nothing is known of what Python embedded
+            now = dict.fromkeys(before) | job.source
         else:
-            before, now = ({"sha256": each["sha256"]} for each in (made_from, data.manifest))
+            before, now = ({"sha256": each.get("sha256")} for each in (made_from, data.manifest))
         holds = f"run_dir={str(run_dir)!r}: holds a run with"
-        now = dict.fromkeys(before) | now
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
     return resolved, run_dir
 

@@ -197,6 +197,14 @@ def test_a_finished_run_of_other_sources_is_not_replaced_unasked(images, tmp_pat
         plan_run(job, QUICK, images)
 
 
+def test_a_run_whose_images_python_embedded_may_be_repeated(images, tmp_path):
+    job = JobConfig(run_dir=str(tmp_path / "run"), data_dir=str(tmp_path))
+    config, run_dir = plan_run(job, QUICK, images)
+    features = embed(images, "pixels", data_dir=tmp_path)  # without the job in its manifest
+    train(features, config, run_dir=run_dir, progress=False)
+    assert plan_run(job, QUICK, images) == (config, run_dir)
+
+
 def test_summary(finished):
     _, run_dir = finished
     text = summary(run_dir)
