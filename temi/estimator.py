@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -136,11 +137,11 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
                 f"n_clusters={self.n_clusters!r}: a whole number from 1 to n_samples={len(x)} is "
                 "allowed"
             )
+        config = self._config(len(x), seed)
         if self.n_clusters == 1:
             self.run_, self.n_neighbors_, self.batch_size_ = None, 0, 0
             self.agreement_, labels = np.ones(len(x)), np.zeros(len(x), dtype=np.int64)
         else:
-            config = self._config(len(x), seed)
             run = train(x, config, progress=self.verbose)
             teacher = copy.deepcopy(run.teacher).double().cpu()
             self.run_ = dataclasses.replace(run, teacher=teacher)
@@ -153,12 +154,15 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         return self
 
     def _config(self, num_rows: int, seed: int) -> TrainConfig:
-        config = TrainConfig(
-            num_clusters=int(self.n_clusters), recipe=self.recipe, num_heads=self.n_heads,
-            beta=self.beta, num_neighbors=self.n_neighbors, batch_size=self.batch_size,
-            learning_rate=self.learning_rate, epochs=self.epochs, normalize=self.normalize,
-            seed=seed, device=self.device,
-        )  # fmt: skip
+        try:
+            config = TrainConfig(
+                num_clusters=max(2, int(self.n_clusters)), recipe=self.recipe,
+                num_heads=self.n_heads, beta=self.beta, num_neighbors=self.n_neighbors,
+                batch_size=self.batch_size, learning_rate=self.learning_rate, epochs=self.epochs,
+                normalize=self.normalize, seed=seed, device=self.device,
+            )  # fmt: skip
+        except ValueError as error:  # in the names that scikit-learn has
+            raise ValueError(re.sub(r"^num_(?=heads|neighbors)", "n_", str(error))) from None
         cut: dict[str, Any] = {}
         if config.batch_size != "auto":
             cut["batch_size"] = min(config.batch_size, num_rows)

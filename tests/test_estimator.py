@@ -120,3 +120,12 @@ def test_digits():
     model = temi.TEMI(n_clusters=10, n_heads=4, epochs=10, random_state=0, device="cpu")
     labels = model.fit_predict(digits.data)
     assert temi.evaluate(labels, digits.target)["acc"] > 0.7
+
+
+@pytest.mark.parametrize("n_clusters", [1, 3])
+def test_settings_are_refused_by_their_names_here(n_clusters):
+    for name, value in {"n_heads": 0, "n_neighbors": 0, "beta": 2.0, "batch_size": 0}.items():
+        with pytest.raises(ValueError, match=f"^{name}={value}: "):
+            temi.TEMI(n_clusters, **{name: value}).fit(
+                np.random.default_rng(0).normal(size=(40, 4))
+            )
