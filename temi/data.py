@@ -231,7 +231,10 @@ def load_images(
     name = str(name)
     check_dataset(name)
     if holds_embeddings(name):
-        raise ValueError(f"dataset={name!r}: holds embeddings; temi.load_features reads them")
+        raise ValueError(
+            f"dataset={name!r}: holds embeddings and no images; temi.load_features reads them, "
+            "'python -m temi train' trains on them"
+        )
     if name not in SPLITS:
         return _folder(name, readable_path(name), split, labels)
     if labels is not None:
