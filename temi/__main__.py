@@ -172,14 +172,16 @@ class Predict(Summary):
                 "another folder"
             )
         check_writable("out", out)
-        table = temi.load_run(run).predict(
-            self.folder, split=self.split, weights=self.weights, data_dir=self.data_dir,
-            device=self.device,
-        )  # fmt: skip
+        trained = temi.load_run(run)
+        images = temi.load_images(self.folder, split=self.split, data_dir=self.data_dir)
+        table = trained.predict(
+            images, weights=self.weights, data_dir=self.data_dir, device=self.device
+        )
         temi.write_assignments(table, out)
         outliers = table["outlier"].sum() if table["outlier"].notna().all() else None
         return {
             "images": len(table),
+            "unreadable": len(images) - len(table),
             "sizes": table["cluster"].value_counts().sort_index().to_dict(),
             "outliers": None if outliers is None else int(outliers),
             "files": sorted(str(path) for path in out.iterdir()),

@@ -158,6 +158,10 @@ def test_a_few_images_one_of_them_broken_without_a_number_of_clusters(photos, tm
     number = str(temi.load_run(tmp_path / "groups" / "run").config.num_clusters)
     assert main([*arguments, "--num-clusters", number]) == 0
     assert capsys.readouterr().err.startswith("warning: 1 of 60 ")
+    (few / "later.png").write_bytes(b"broken")
+    assert main(["predict", "groups", str(few), "--json-summary"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["images"], summary["unreadable"]) == (59, 2)
 
 
 def test_a_runs_own_tables_stay(photos, tmp_path, capsys):
