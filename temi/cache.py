@@ -167,7 +167,8 @@ def embed_shard(
     Returns
     -------
     int
-        How many of all images are still missing; 0 once the cache is whole.
+        How many of all images are still missing, of those computed anew with ``force_recompute``;
+        0 once the cache is whole.
 
     Raises
     ------

@@ -115,7 +115,8 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         Parameters
         ----------
         X : array-like [N, D]
-            N at least 2; converted to float64.
+            N at least 2; converted to float64. The heads see float32: subtract an offset that is
+            millions of times the spread.
         y : ignored
 
         Returns

@@ -275,7 +275,7 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
         yield from DataLoader(
             Subset(source, range(tried, len(source))),
             batch_size=None,
-            num_workers=workers,
+            num_workers=min(workers or 0, len(source) - tried),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # leaves torch's global one alone
         )

@@ -122,6 +122,8 @@ def test_processes_decode_where_that_is_slow(device, decoding, several, monkeypa
         time.sleep(0.1)
     assert found == [0, 1, 2, 3, 4]
     assert (asked["processes"] > 0) == several
+    assert list(extraction._decoded(Source(), 1000, torch.device(device))) == found
+    assert asked["processes"] == 5  # no more than there are batches
 
 
 def test_a_whole_block_of_unreadable_images(folder, tmp_path, use):
