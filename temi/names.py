@@ -94,6 +94,8 @@ def check_columns(table: pd.DataFrame, *names: str) -> None:
                 f"table: {name} is {table[name].dtype}; whole numbers are allowed, "
                 f"such as table[{name!r}].astype('int64')"
             )
+        if name in names and table[name].isna().any():  # as pandas' own Int64 may have
+            raise ValueError(f"table: {name} has gaps; whole numbers are allowed, and no others")
 
 
 def apply_names(

@@ -130,3 +130,12 @@ def test_names_that_a_file_does_not_keep_are_none(table, tmp_path):
     temi.write_assignments(named, tmp_path)  # missing, so the others as 1990.0 and 2.0
     assert names_in(pd.read_csv(tmp_path / "assignments.csv")) == {1: "1990"}
     assert names_in(pd.read_parquet(tmp_path / "assignments.parquet")) == {0: "NA", 1: "1990"}
+
+
+def test_clusters_with_gaps_are_refused():
+    none = {"format": "temi-names-1", "names": {}, "merged": {}}
+    clusters = pd.array([0, None, 1], dtype="Int64")
+    table = pd.DataFrame({"cluster": clusters, "second_choice": [1, 0, 0]})
+    with pytest.raises(ValueError, match=r"^table: cluster has gaps; whole numbers are allowed"):
+        temi.apply_names(table, none)
+    assert temi.apply_names(table.dropna(), none)["cluster"].tolist() == [0, 1]
