@@ -65,7 +65,8 @@ def part(images: temi.ImageSet, rows: np.ndarray) -> temi.ImageSet:
 def first_of_each_class(images: temi.ImageSet) -> temi.ImageSet:
     """The first images of each of the first classes."""
     rows = [np.flatnonzero(images.labels == c)[:OF_A_CLASS] for c in range(CLASSES)]
-    return part(images, np.sort(np.concatenate(rows)))
+    kept = part(images, np.sort(np.concatenate(rows)))
+    return dataclasses.replace(kept, class_names=images.class_names[:CLASSES])
 
 
 def config_of(variant: str, features: Features, seed: int, device: str) -> temi.TrainConfig:

@@ -49,6 +49,7 @@ def test_development_data_are_the_first_images_of_the_first_classes(monkeypatch)
     rows = [np.flatnonzero(digits.labels == label)[:2] for label in range(3)]
     assert part.ids == tuple(digits.ids[row] for row in sorted(np.concatenate(rows)))
     assert part.name == "digits-development"
+    assert part.num_classes == 3
 
 
 def test_rows_that_are_there_stay(features, monkeypatch, tmp_path):
