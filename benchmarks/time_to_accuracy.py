@@ -1,4 +1,4 @@
-"""Claim: the ``fast`` recipe has the clusters of ``paper`` in a hundredth of the time.
+"""Claim: the ``fast`` recipe has the clusters of ``paper`` in about a hundredth of the time.
 
 On one set of embeddings, in one process:
 
