@@ -34,7 +34,14 @@ from temi.rundirs import Place, check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
 from temi.steps import draw_pairs, teacher_temp_at
-from temi.trouble import DivergenceError, Signals, auto_batch, collapsed_heads, what_fits
+from temi.trouble import (
+    DivergenceError,
+    Signals,
+    auto_batch,
+    check_learned,
+    collapsed_heads,
+    what_fits,
+)
 
 RETRIES = 5
 
@@ -202,6 +209,7 @@ def train(
         if run is None:  # nothing was left to train
             run = training.run_now(seconds, exact=True)
         distributed.from_first(partial(record.finish, run, features, images))
+    check_learned(run.head_losses, config)
     return run
 
 

@@ -4,7 +4,9 @@ import math
 import signal
 import threading
 import traceback
+import warnings
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,6 +85,35 @@ def collapsed_heads(marginal: Tensor, sizes: Tensor) -> list[int]:
     lost = (sizes * clusters * 10 < images).sum(dim=-1)  # (H)
     collapsed = (share < 0.1) | ((2 * lost >= clusters) & (share < 0.9))
     return collapsed.nonzero().flatten().tolist()
+
+
+def check_learned(head_losses: np.ndarray, config: TrainConfig) -> None:
+    """Warn if the heads still give every cluster the same probability after a training.
+
+    Of such heads the losses ``"temi"`` and ``"wmi"`` are -(2 - 2 beta) log(K) / K, of any that tell
+    images apart far lower. :func:`collapsed_heads` does not see it, as the marginal is level.
+    Around equal probabilities the loss falls as logits grow only if those of neighbours correlate
+    by more than (1 - beta) / beta, which is 2/3 at 0.6 (second-order terms of the loss); where
+    neighbours are less alike, and the heads do not learn to see them alike first, all go to equal.
+
+    Parameters
+    ----------
+    head_losses : ndarray [H]
+        Means over the last epoch.
+    config : TrainConfig
+        Resolved.
+    """
+    if config.loss not in ("temi", "wmi"):
+        return
+    clusters = config.num_clusters
+    equal = -(2 - 2 * config.beta) * math.log(clusters) / clusters
+    if head_losses.mean() > 1.1 * equal:
+        warnings.warn(
+            f"the heads hardly tell images apart (mean loss {head_losses.mean():.3g}, "
+            f"{equal:.3g} if all clusters are equally likely); what usually helps: beta=0.7 with "
+            "teacher_momentum=0.99 and more epochs, fewer clusters, another backbone",
+            stacklevel=3,
+        )
 
 
 class Signals:

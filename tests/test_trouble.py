@@ -19,7 +19,7 @@ from temi.losses import temi_loss
 from temi.metrics import cluster_accuracy
 from temi.steps import TrainState, training_step
 from temi.training import train
-from temi.trouble import DivergenceError, Signals, auto_batch, collapsed_heads
+from temi.trouble import DivergenceError, Signals, auto_batch, check_learned, collapsed_heads
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
 PAIRS = dict(group_size=2, num_neighbors=5, batch_size=40, learning_rate=2e-3, warmup_epochs=2)
@@ -326,3 +326,39 @@ def test_divergence_travels_between_processes():
             error.entry,
             error.collapse,
         )
+
+
+@pytest.mark.parametrize("loss", ["temi", "wmi"])
+@pytest.mark.parametrize(("beta", "clusters"), [(0.6, 10), (0.75, 3), (0.5, 300)])
+def test_heads_that_call_all_clusters_equally_likely_are_noticed(loss, beta, clusters):
+    """By the loss of equal logits; a tenth lower is told apart, and other losses say nothing."""
+    logits, level = torch.zeros(2, 8, clusters), torch.full((2, clusters), 1 / clusters)
+    equal = temi_loss(logits, logits, level, beta=beta, loss=loss)[0].numpy()
+    config = TrainConfig(num_clusters=clusters, beta=beta, loss=loss)
+    with pytest.warns(UserWarning, match="hardly tell images apart"):
+        check_learned(equal, config)
+    check_learned(1.11 * equal, config)
+    check_learned(equal, dataclasses.replace(config, loss="pmi"))
+
+
+@pytest.mark.parametrize("beta", [0.55, 0.6, 0.7, 0.9])
+def test_how_much_alike_neighbors_have_to_be(beta):
+    """Around equal logits, larger ones pay from a correlation of (1 - beta) / beta on."""
+    needed = (1 - beta) / beta
+    generator = torch.Generator().manual_seed(0)
+    one, noise = torch.randn(2, 1, 4000, 50, generator=generator, dtype=torch.float64)
+    level = torch.full((1, 50), 0.02, dtype=torch.float64)
+    for alike, pays in ((needed - 0.05, False), (needed + 0.05, True)):
+        other = alike * one + (1 - alike**2) ** 0.5 * noise
+        logits = 1e-3 * torch.cat([one, other], dim=1)
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+        (loss,), _ = temi_loss(scale * logits, logits, level, beta=beta)
+        (slope,) = torch.autograd.grad(loss, scale)
+        assert (slope < 0) == pays
+
+
+def test_a_training_that_finds_nothing_says_so():
+    noise = np.random.default_rng(0).standard_normal((600, 32), dtype=np.float32)
+    config = TrainConfig(num_clusters=20, num_heads=2, epochs=8)
+    with pytest.warns(UserWarning, match="hardly tell images apart .mean loss -0.12"):
+        train(noise, config, progress=False)

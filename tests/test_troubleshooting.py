@@ -75,6 +75,11 @@ def a_collapse(*_):
     raise trouble.DivergenceError(2, None, [0, 3], 0.004)
 
 
+def heads_that_learned_nothing(*_):
+    config = TrainConfig(num_clusters=10)
+    trouble.check_learned(np.full(16, -0.8 * np.log(10) / 10), config)
+
+
 def no_network_for_images(folder, monkeypatch):
     def refuse(*_, **__):
         raise URLError("no network here")
@@ -184,7 +189,7 @@ def no_bf16(_, monkeypatch):
 SITUATIONS = [  # as they stand on the page
     a_step_that_does_not_fit, embeddings_that_do_not_fit, an_image_that_does_not_fit, a_full_disk,
     a_lost_process, a_batch_that_cannot_be_shared, steps_too_long, embeddings_with_nan, a_collapse,
-    no_network_for_images, no_network_for_weights,
+    heads_that_learned_nothing, no_network_for_images, no_network_for_weights,
     no_package_of_weights, weights_of_another_model, no_such_data, no_images, an_empty_file,
     a_new_image, a_damaged_cache, no_cache_any_more, an_unfinished_run, a_run_of_other_settings,
     a_cut_checkpoint, a_misspelt_parameter, no_whole_number, no_number_of_clusters,
