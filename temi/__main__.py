@@ -209,6 +209,7 @@ class Train(Summary, Training, Source):
             "metrics": results["metrics"],
             "kmeans": results["kmeans"],
             "cluster_statistics": results["cluster_statistics"],
+            "mean_agreement": results["ensemble"]["mean_agreement"],
             "files": sorted(str(path) for path in run_dir.iterdir()),
         }
 
@@ -323,17 +324,25 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _in_words(summary: dict) -> str:
-    """A summary for people: a line for each number, then the files."""
+def _in_words(summary: dict, of: str = "") -> str:
+    """A summary for people: a line for each group of numbers, those that are known; the files."""
     lines = []
     for name, value in summary.items():
         if name == "files":
             lines += ["files:", *(f"  {path}" for path in value)]
         elif isinstance(value, dict):
-            lines += [f"{name}: " + ", ".join(f"{k} {v}" for k, v in value.items())]
+            groups = {key: each for key, each in value.items() if isinstance(each, dict)}
+            known = [f"{key} {_rounded(each)}" for key, each in value.items()
+                     if each is not None and key not in groups]  # fmt: skip
+            lines += [f"{of}{name}: " + ", ".join(known)] if known else []
+            lines += [_in_words(groups, f"{name}, ")] if groups else []
         else:
-            lines += [f"{name}: {value}"]
-    return "\n".join(lines)
+            lines += [f"{of}{name}: {_rounded(value)}"]
+    return "\n".join(line for line in lines if line)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

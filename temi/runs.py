@@ -325,7 +325,10 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
 
 
 def summary(run_dir: str | Path) -> str:
-    """The four scores of a finished run, and where its files are, in a few lines.
+    """What a finished run came to, and where its files are, in a few lines.
+
+    The four scores beside those of k-means; of a run without labels the sizes of its clusters, and
+    how far its heads agree.
 
     Parameters
     ----------
@@ -345,9 +348,17 @@ def summary(run_dir: str | Path) -> str:
     file = folder / RESULTS
     if not file.exists() or not (results := read_json(file))["finished"]:
         raise ValueError(f"run_dir={str(run_dir)!r}: holds no finished run")
-    table = pd.DataFrame(
-        {"TEMI, vote of all heads": results["metrics"]}
-        | {f"k-means, {how}": scores for how, scores in results["kmeans"].items()}
-    )
+    if results["metrics"]["acc"] is None:
+        sizes = pd.Series(results["cluster_statistics"]["sizes"])
+        table = pd.DataFrame(
+            {"images": sizes.sum(), "clusters": len(sizes), "empty": (sizes == 0).sum(),
+             "smallest": sizes.min(), "largest": sizes.max(),
+             "mean agreement of heads": round(results["ensemble"]["mean_agreement"], 3)},
+            index=["TEMI, vote of all heads"],
+        )  # fmt: skip
+    else:
+        scores = {"TEMI, vote of all heads": results["metrics"]}
+        scores |= {f"k-means, {how}": found for how, found in results["kmeans"].items()}
+        table = pd.DataFrame(scores).T.round(3)
     files = [str(Path(run_dir) / name) for name in sorted(p.name for p in folder.iterdir())]
-    return "\n".join([table.T.round(3).to_string(), *files])
+    return "\n".join([table.to_string(), *files])

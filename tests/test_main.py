@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import temi
-from temi.__main__ import main
+from temi.__main__ import _in_words, main
 from temi.config import TrainConfig
 
 DIGITS = temi.load_images("digits")

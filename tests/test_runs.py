@@ -212,6 +212,18 @@ def test_summary(finished):
         assert part in text
 
 
+def test_summary_without_labels(tmp_path):
+    x = np.repeat(np.eye(4, 6, dtype=np.float32), 50, axis=0)
+    noise = np.random.default_rng(0).normal(0, 0.1, x.shape).astype(np.float32)
+    config = TrainConfig(num_clusters=4, num_heads=2, epochs=4)
+    run = train(x + noise, config, run_dir=tmp_path / "run", progress=False)
+    head, numbers = summary(tmp_path / "run").splitlines()[:2]
+    assert head.split()[:5] == ["images", "clusters", "empty", "smallest", "largest"]
+    sizes = np.bincount(run.labels, minlength=4)
+    told = [200, 4, (sizes == 0).sum(), sizes.min(), sizes.max(), run.agreement.mean()]
+    assert [float(number) for number in numbers.split()[-6:]] == pytest.approx(told, abs=1e-3)
+
+
 def test_no_summary_of_an_unfinished_run(finished, tmp_path):
     record = json.loads((finished[1] / "final_results.json").read_text()) | {"finished": False}
     (tmp_path / "final_results.json").write_text(json.dumps(record))
