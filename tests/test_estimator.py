@@ -17,6 +17,7 @@ import temi
 SMALL = dict(n_heads=2, epochs=40, random_state=0, device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore:the heads hardly")  # in numbers drawn at random
 @parametrize_with_checks([temi.TEMI(n_clusters=3, **SMALL)])
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
@@ -83,6 +84,7 @@ def test_empty_clusters_are_left_out_of_the_numbers(blobs):
     assert not np.isin(model.run_.predict(new), model._kept).all()
 
 
+@pytest.mark.filterwarnings("ignore:the heads hardly")  # there is nothing to find
 def test_few_rows_cut_neighbours_and_batch():
     x = np.random.default_rng(0).normal(size=(12, 4))
     model = temi.TEMI(n_clusters=2, n_neighbors=50, batch_size=512, **SMALL).fit(x)

@@ -85,6 +85,16 @@ def test_train_and_embed(photos, capsys):
     assert temi.load_run("run").config.num_heads == 2
 
 
+def test_what_is_not_known_is_in_no_line():
+    scores = {"acc": 0.81234, "nmi": None}
+    said = _in_words(
+        {"metrics": dict.fromkeys(scores), "kmeans": {"none": scores, "l2": {"acc": None}},
+         "images": 12, "sizes": {0: 5, 3: 7}, "files": ["a.csv"]}
+    )  # fmt: skip
+    lines = ["kmeans, none: acc 0.812", "images: 12", "sizes: 0 5, 3 7", "files:", "  a.csv"]
+    assert said.splitlines() == lines
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -141,7 +151,7 @@ def test_what_cannot_be_is_said_before_the_images_are_embedded(photos, tmp_path,
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default", "ignore:the heads hardly")
 def test_a_few_images_one_of_them_broken_without_a_number_of_clusters(photos, tmp_path, capsys):
     few = tmp_path / "few"
     few.mkdir()
@@ -195,6 +205,7 @@ def test_embeddings_are_sent_to_train(tmp_path, capsys):
     assert "holds embeddings; 'python -m temi train' takes those" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:the heads hardly")  # there is nothing to find
 def test_the_same_command_on_the_same_embeddings_goes_through_twice(tmp_path, capsys):
     x = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)

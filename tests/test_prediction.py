@@ -125,6 +125,7 @@ def test_size_and_several_spaces_are_taken_from_the_run(tmp_path):
     assert table["similarity"].notna().all()
 
 
+@pytest.mark.filterwarnings("ignore:the heads hardly")  # there is nothing to find
 def test_a_run_on_ones_own_embeddings_takes_no_images(tmp_path):
     x = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
     config = temi.TrainConfig(num_clusters=2, num_heads=2, epochs=1, batch_size=16)
