@@ -135,7 +135,7 @@ class TrainConfig:
         le=100,
     ) = None
     epochs: _number(
-        int, "passes over the images; None: 4 to 20, the more the fewer images", "4 to 200", ge=1
+        int, "passes over the images; None: 4 to 260, the more the fewer images", "4 to 200", ge=1
     ) = None
     batch_size: Annotated[
         Annotated[int, Field(ge=1)] | Literal["auto"],
@@ -227,7 +227,8 @@ class TrainConfig:
             With the settings that depend on the data: ``num_clusters``; ``num_neighbors``, where
             that is None the root of a cluster's images, sqrt(N / K), as neighbours should be of one
             cluster; ``group_size``, lowered to what these neighbours allow; ``epochs``, where that
-            is None as many as visit 40,000 images, but 4 to 20: the heads need some 300 steps.
+            is None as many as visit 40,000 images, but no fewer than 4, and no more than 20 or, if
+            that is more, 260 steps take: the heads need some 300.
             ``batch_size``, where it is the recipe's, is at most all images;
             ``batch_size="auto"`` stays: the recipe's batch, or all images where they are fewer,
             halved until :func:`temi.train` has found that a step fits into the device's memory.
@@ -251,10 +252,14 @@ class TrainConfig:
                 f"num_neighbors={self.num_neighbors}: {given_neighbors} is allowed, as the "
                 "neighbours given are so many"
             )
-        epochs = self.epochs or min(20, max(4, math.ceil(40_000 / num_images)))
-        batch = self.batch_size
-        if batch == RECIPES[self.recipe]["batch_size"]:  # which nobody may have asked for
+        batch, usual = self.batch_size, RECIPES[self.recipe]["batch_size"]
+        if batch == usual:  # which nobody may have asked for
             batch = min(batch, num_images)
+        epochs = self.epochs
+        if epochs is None:
+            steps = max(1, num_images // (usual if batch == "auto" else batch))  # in an epoch
+            most = max(20, math.ceil(260 / steps))
+            epochs = min(most, max(4, math.ceil(40_000 / num_images)))
         neighbors = given_neighbors or self.num_neighbors
         if neighbors is None:
             neighbors = max(self.group_size - 1, round(math.sqrt(num_images / clusters)))

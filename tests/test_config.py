@@ -125,6 +125,26 @@ def test_the_batch_of_the_recipe_is_cut_to_few_images():
     assert TrainConfig(num_clusters=3).resolve(2000).batch_size == 128
 
 
+@pytest.mark.parametrize(
+    ("images", "settings", "epochs"),
+    [
+        (10**6, {}, 4),
+        (5000, {}, 8),  # 40,000 images
+        (1797, {}, 20),
+        (1000, {}, 38),  # 260 steps, the last epoch whole
+        (600, {}, 65),  # 260 steps
+        (100, {}, 260),  # steps of all images
+        (100, {"batch_size": "auto"}, 260),
+        (600, {"batch_size": 600}, 67),  # 40,000 images before 260 steps
+        (600, {"batch_size": 30}, 20),  # 400 steps
+        (600, {"epochs": 3}, 3),
+        (600, {"recipe": "paper"}, 100),
+    ],
+)
+def test_the_fewer_the_images_the_more_epochs(images, settings, epochs):
+    assert TrainConfig(num_clusters=3, **settings).resolve(images).epochs == epochs
+
+
 def test_numbers_from_arrays_are_numbers():
     config = TrainConfig(num_clusters=np.int64(5), beta=np.float32(0.5), group_size=np.int32(3))
     assert config == TrainConfig(num_clusters=5, beta=0.5, group_size=3)

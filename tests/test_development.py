@@ -29,7 +29,7 @@ def test_a_variant_is_fast_but_for_what_its_name_says(features):
         return {name: other[name] for name in fast if other[name] != fast[name]}
 
     assert development.config_of("fast", features, 3, "cpu").changes() == {
-        "num_clusters": 4, "seed": 3, "precision": "fp32"
+        "num_clusters": 4, "seed": 3, "precision": "fp32", "epochs": 20
     }  # fmt: skip
     assert changed("fewer neighbours") == {"num_neighbors": 2, "group_size": 3}  # of root(100 / 4)
     assert changed("mutual neighbours") == {"mutual_neighbors": True}

@@ -331,7 +331,7 @@ def test_divergence_travels_between_processes():
 @pytest.mark.parametrize("loss", ["temi", "wmi"])
 @pytest.mark.parametrize(("beta", "clusters"), [(0.6, 10), (0.75, 3), (0.5, 300)])
 def test_heads_that_call_all_clusters_equally_likely_are_noticed(loss, beta, clusters):
-    """By the loss of equal logits; a little lower tells some apart, and other losses say nothing."""
+    """By the loss of equal logits; a little lower some are told apart. Other losses say nothing."""
     logits, level = torch.zeros(2, 8, clusters), torch.full((2, clusters), 1 / clusters)
     equal = temi_loss(logits, logits, level, beta=beta, loss=loss)[0].numpy()
     config = TrainConfig(num_clusters=clusters, beta=beta, loss=loss)
