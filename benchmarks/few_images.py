@@ -50,9 +50,8 @@ def measure(features: Features, row: dict) -> dict:
         run = temi.train(x, config, progress=False)
         labels, epochs = run.labels, run.config.epochs
     found = temi.evaluate(labels, classes)
-    return (
-        row | {"epochs": epochs} | {name: round(found[name], 4) for name in ("acc", "nmi", "ari")}
-    )
+    scores = {name: round(found[name], 4) for name in COLUMNS[-3:]}
+    return row | {"epochs": epochs} | scores
 
 
 def main() -> None:

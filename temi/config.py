@@ -135,7 +135,7 @@ class TrainConfig:
         le=100,
     ) = None
     epochs: _number(
-        int, "passes over the images; None: 4 to 260, the more the fewer images", "4 to 200", ge=1
+        int, "passes over the images; None: 4 to 260, the more the fewer images", "4 to 300", ge=1
     ) = None
     batch_size: Annotated[
         Annotated[int, Field(ge=1)] | Literal["auto"],

@@ -88,7 +88,7 @@ def collapsed_heads(marginal: Tensor, sizes: Tensor) -> list[int]:
 
 
 def check_learned(head_losses: np.ndarray, config: TrainConfig) -> None:
-    """Warn if the heads still give every cluster the same probability after a training.
+    """Warn, once of several processes, if the heads end with all clusters equally likely.
 
     Of such heads the losses ``"temi"`` and ``"wmi"`` are -(2 - 2 beta) log(K) / K, of any that tell
     images apart far lower. :func:`collapsed_heads` does not see it, as the marginal is level.
@@ -103,7 +103,7 @@ def check_learned(head_losses: np.ndarray, config: TrainConfig) -> None:
     config : TrainConfig
         Resolved.
     """
-    if config.loss not in ("temi", "wmi"):
+    if config.loss not in ("temi", "wmi") or not distributed.is_first():
         return
     clusters = config.num_clusters
     equal = -(2 - 2 * config.beta) * math.log(clusters) / clusters
