@@ -200,7 +200,6 @@ class Train(Summary, Training, Source):
         job, config = _settings(self, JobConfig), _settings(self, TrainConfig)
         data = distributed.first_ahead(job.load)
         config, run_dir = distributed.from_first(partial(temi.plan_run, job, config, data))
-        distributed.from_first(partial(check_writable, "run_dir", run_dir.parent))
         images = data if isinstance(data, temi.ImageSet) else None
         features = job.embed(data, config)
         temi.train(features, config, images=images, run_dir=run_dir, **job.options)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from temi import ensemble
 from temi.data import ImageSet
 from temi.embeddings import Features
-from temi.files import whole_file
+from temi.files import absolute, whole_file
 from temi.image_files import ImageFiles
 from temi.names import apply_names, check_columns, names_in
 from temi.runs import Run
@@ -182,7 +182,7 @@ def sort_images(
     files = images.images if isinstance(images.images, ImageFiles) else None
     if names is not None:
         table = apply_names(table, names)
-    folder = Path(folder).expanduser().absolute()
+    folder = absolute(Path(folder).expanduser())
     check_replaceable(folder)
     part, old = _beside(folder)
     if files is not None:

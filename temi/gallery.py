@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from temi.data import ImageSet
-from temi.files import whole_file
+from temi.files import absolute, whole_file
 from temi.image_files import UnreadableImageError, needed_at
 from temi.names import apply_names, check_columns, names_in, read_names
 
@@ -90,7 +90,7 @@ def write_gallery(
     else:
         apply_names(table, names)  # refuses a cluster that there is not
         given, merged = read_names(names)
-    path = Path(path).expanduser().absolute()
+    path = absolute(Path(path).expanduser())
     sizes = table["cluster"].map(table["cluster"].value_counts())
     order = np.lexsort((-table["confidence"], table["cluster"], -sizes))
     table = table.iloc[order]

@@ -26,7 +26,16 @@ from temi import checkpoints
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
 from temi.embeddings import Features
-from temi.files import RESULTS, SETTINGS, home, path_part, read_json, readable_path, writable_path
+from temi.files import (
+    RESULTS,
+    SETTINGS,
+    check_writable,
+    home,
+    path_part,
+    read_json,
+    readable_path,
+    writable_path,
+)
 from temi.parameters import JobConfig
 from temi.results import run_settings
 
@@ -84,7 +93,8 @@ def plan_run(
     Raises
     ------
     ValueError
-        See :meth:`temi.TrainConfig.resolve`; or what stands in the folder would be lost.
+        See :meth:`temi.TrainConfig.resolve`; or what stands in the folder would be lost, or nothing
+        can be written where it would be.
     """
     dataset = data.name if isinstance(data, ImageSet) else data.dataset
     backbone = job.backbone if isinstance(data, ImageSet) else data.backbone
@@ -107,6 +117,7 @@ def plan_run(
             before, now = ({"sha256": each.get("sha256")} for each in (made_from, data.manifest))
         holds = f"run_dir={str(run_dir)!r}: holds a run with"
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
+    check_writable("run_dir", run_dir.parent)
     return resolved, run_dir
 
 

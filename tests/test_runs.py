@@ -197,6 +197,13 @@ def test_a_finished_run_of_other_sources_is_not_replaced_unasked(images, tmp_pat
         plan_run(job, QUICK, images)
 
 
+def test_a_run_that_cannot_be_kept_is_refused_before_any_work(images, tmp_path):
+    (tmp_path / "file").touch()
+    job = JobConfig(run_dir=str(tmp_path / "file" / "run"), data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"run_dir='.*file': nothing can be written there"):
+        plan_run(job, QUICK, images)
+
+
 def test_a_run_whose_images_python_embedded_may_be_repeated(images, tmp_path):
     job = JobConfig(run_dir=str(tmp_path / "run"), data_dir=str(tmp_path))
     config, run_dir = plan_run(job, QUICK, images)
