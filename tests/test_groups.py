@@ -51,7 +51,7 @@ def test_groups_hold_an_anchor_and_different_neighbours_of_it():
 def test_settings_that_depend_on_the_data():
     config = TrainConfig(num_clusters=10, device="cpu")
     assert (config.epochs, config.num_neighbors) == (None, None)
-    for images, epochs, neighbors in ((1797, 20, 13), (5000, 8, 22), (50_000, 4, 71), (20, 20, 3)):
+    for images, epochs, neighbors in ((1797, 20, 13), (5000, 8, 22), (50_000, 4, 71), (20, 130, 3)):
         resolved = dataclasses.replace(config, batch_size=10).resolve(images)
         assert (resolved.epochs, resolved.num_neighbors) == (epochs, neighbors)
         assert resolved.group_size == 4
