@@ -323,20 +323,19 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _in_words(summary: dict, of: str = "") -> str:
+def _in_words(summary: dict) -> str:
     """A summary for people: a line for each group of numbers, those that are known; the files."""
     lines = []
     for name, value in summary.items():
         if name == "files":
             lines += ["files:", *(f"  {path}" for path in value)]
-        elif isinstance(value, dict):
-            groups = {key: each for key, each in value.items() if isinstance(each, dict)}
-            known = [f"{key} {_rounded(each)}" for key, each in value.items()
-                     if each is not None and key not in groups]  # fmt: skip
-            lines += [f"{of}{name}: " + ", ".join(known)] if known else []
-            lines += [_in_words(groups, f"{name}, ")] if groups else []
+        elif not isinstance(value, dict):
+            lines += [f"{name}: {_rounded(value)}"]
+        elif any(isinstance(each, dict) for each in value.values()):
+            lines += [_in_words({f"{name}, {key}": each for key, each in value.items()})]
         else:
-            lines += [f"{of}{name}: {_rounded(value)}"]
+            known = [f"{k} {_rounded(v)}" for k, v in value.items() if v is not None]
+            lines += [f"{name}: " + ", ".join(known)] if known else []
     return "\n".join(line for line in lines if line)
 
 
