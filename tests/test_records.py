@@ -20,8 +20,9 @@ from temi.config import TrainConfig
 from temi.data import ImageSet, load_images
 from temi.embeddings import Features
 from temi.neighbors import check_neighbors
+from temi.overview import list_runs
 from temi.rundirs import differences, lock_of, part_of
-from temi.runs import list_runs, load_run
+from temi.runs import load_run
 from temi.steps import training_step
 from temi.training import train
 

@@ -17,10 +17,11 @@ from temi.config import TrainConfig
 from temi.data import load_images
 from temi.export import sort_images
 from temi.metrics import evaluate
+from temi.overview import list_runs, summary
 from temi.parameters import JobConfig
 from temi.plots import compare_runs
 from temi.rundirs import default_run_dir, plan_run
-from temi.runs import list_runs, load_run, summary
+from temi.runs import load_run
 from temi.training import train
 
 QUICK = TrainConfig(num_heads=2, epochs=2, num_neighbors=5, mutual_neighbors=True)
