@@ -333,16 +333,17 @@ def named(features: Features, dataset: str, backbone: str) -> Features:
 def load(arguments: argparse.Namespace) -> list[list[Features]]:
     """Embeddings of each data set, those of its main backbone first."""
     digits = temi.load_images("digits")
-    groups = [[temi.embed(digits, "pixels"),
-               temi.embed(digits, "efficientnet_lite0", image_size=112)]]  # fmt: skip
+    by_network = temi.embed(digits, "efficientnet_lite0", image_size=112, precision="fp32")
+    groups = [[temi.embed(digits, "pixels"), by_network]]
     for name, file in arguments.features:
         dataset, _, backbone = name.partition("/")
         groups.append([named(temi.load_features(file), dataset, backbone or "own")])
     for name, folder in arguments.images:
         images = temi.load_images(folder, labels="folders")
         spaces = {"efficientnet_lite0": 112, "pixels": 32}
-        groups.append([named(temi.embed(images, backbone, image_size=size), name, backbone)
-                       for backbone, size in spaces.items()])  # fmt: skip
+        embedded = {backbone: temi.embed(images, backbone, image_size=size, precision="fp32")
+                    for backbone, size in spaces.items()}  # fmt: skip
+        groups.append([named(features, name, space) for space, features in embedded.items()])
     return groups
 
 

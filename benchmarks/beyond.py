@@ -116,9 +116,9 @@ def embeddings(images: temi.ImageSet) -> dict[str, Features]:
     """What the variants that are named here train on; the others train on that of ``fast``."""
     files = Mirrored(images.images.root, images.images.names)
     mirrored = dataclasses.replace(images, name=f"{images.name}-mirrored", images=files)
-    plain, turned = temi.embed(images, BACKBONE), temi.embed(mirrored, BACKBONE)
+    plain, turned = (temi.embed(each, BACKBONE, precision="fp32") for each in (images, mirrored))
     mean = (np.asarray(plain.x, dtype=np.float32) + turned.x) / 2
-    both = temi.embed(images, f"{BACKBONE}+{LARGER}")
+    both = temi.embed(images, f"{BACKBONE}+{LARGER}", precision="fp32")
     found = {"fast": plain, "mirror image": dataclasses.replace(plain, x=mean)}
     return found | {variant: both for variant in VARIANTS if "two sizes" in variant}
 

@@ -42,7 +42,7 @@ def load(folder: str, files: list[Path] | None) -> tuple[ImageSet, Features, Fea
     rows = [np.flatnonzero(train.labels == c)[:PER_CLASS] for c in range(train.num_classes)]
     train = train.keep([train.ids[row] for row in np.concatenate(rows)])
     if not files:
-        embedded = [temi.embed(each, "efficientnet_lite0", image_size=112)
+        embedded = [temi.embed(each, "efficientnet_lite0", image_size=112, precision="fp32")
                     for each in (test, train)]  # fmt: skip
         return test, *embedded
     found = [temi.load_features(file) for file in files]

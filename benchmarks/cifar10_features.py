@@ -33,7 +33,7 @@ def main() -> None:
     save(plots.image_rows(images.images, by_class, images.class_names), "cifar10_classes.jpg")
     purity, nearest = {}, {}
     for backbone, size in SPACES.items():
-        features = temi.embed(images, backbone, image_size=size)
+        features = temi.embed(images, backbone, image_size=size, precision="fp32")
         x = torch.from_numpy(normalize(features.x, "center-l2"))
         neighbors = temi.nearest_neighbors(x, max(KS))[0].numpy()  # (N, k)
         shares = images.labels[neighbors] == images.labels[:, None]

@@ -111,7 +111,7 @@ def load(
         sets.append(named(temi.load_features(file), dataset, backbone or "own"))
     for name, folder in options.images:
         images = part(temi.load_images(folder, labels="folders"))
-        features = temi.embed(images, "efficientnet_lite0", image_size=112)
+        features = temi.embed(images, "efficientnet_lite0", image_size=112, precision="fp32")
         sets.append(named(features, name, "efficientnet_lite0"))
     return sets
 

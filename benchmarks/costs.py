@@ -149,7 +149,7 @@ def step() -> dict:
     """Seconds of a training step of ``fast`` by clusters, by images, and its operators."""
 
     def stepper(clusters: int, images: int):
-        x, config = rows(images), temi.TrainConfig(num_clusters=clusters)
+        x, config = rows(images), temi.TrainConfig(num_clusters=clusters, precision="fp32")
         state = TrainState.start(MultiHead(WIDTH, clusters, HEADS), 1e-4)
         drawn = torch.randint(images, (config.batch_size * config.group_size,))
         return lambda: training_step(state, x[drawn], config, 1e-4)

@@ -41,7 +41,8 @@ def key(features: Features, config: temi.TrainConfig) -> str:
 def main() -> None:
     images = temi.load_images("digits")
     features = temi.embed(images, "pixels")
-    made_from = key(features, temi.TrainConfig(num_clusters=images.num_classes))
+    settings = {"num_clusters": images.num_classes, "precision": "fp32"}
+    made_from = key(features, temi.TrainConfig(**settings))
     if TABLE.exists() and FIGURE.exists():
         before = pd.read_csv(TABLE).get("made_from")
         if before is not None and (before == made_from).all():
@@ -49,8 +50,7 @@ def main() -> None:
             return
     rows = []
     for seed in range(SEEDS):
-        config = temi.TrainConfig(num_clusters=images.num_classes, seed=seed)
-        run = temi.train(features, config)
+        run = temi.train(features, temi.TrainConfig(**settings, seed=seed))
         results = final_results(run, features)
         methods = {name: results[name] for name in ("ensemble", "best_head", "mean_head")}
         methods |= {f"kmeans {how}": scores for how, scores in results["kmeans"].items()}

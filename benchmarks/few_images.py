@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm import tqdm
 
 import temi
+from benchmarks.ablations import BASE
 from benchmarks.comparison import load, parser
 from benchmarks.development import every_other_digit, first_of_each_class
 from benchmarks.table import has, put
@@ -45,7 +46,7 @@ def measure(features: Features, row: dict) -> dict:
         labels = temi.kmeans(x, clusters, "center-l2", row["seed"])
     else:
         config = temi.TrainConfig(
-            num_clusters=clusters, seed=row["seed"], device="cpu", epochs=EPOCHS[row["method"]]
+            **BASE, num_clusters=clusters, seed=row["seed"], epochs=EPOCHS[row["method"]]
         )
         run = temi.train(x, config, progress=False)
         labels, epochs = run.labels, run.config.epochs

@@ -24,6 +24,7 @@ import torch
 from sklearn.cluster import AgglomerativeClustering, SpectralClustering
 
 import temi
+from benchmarks.ablations import BASE
 from benchmarks.comparison import load, parser
 from benchmarks.table import has, put
 from temi.embeddings import Features, mean_embedding, normalize, principal_axes
@@ -39,7 +40,7 @@ def methods(features: Features, x: np.ndarray, seed: int) -> dict[str, Callable[
     """What gives clusters [N] of the prepared rows ``x`` [N, D], by name; TEMI prepares its own."""
     clusters = features.num_classes
     graph = {"affinity": "nearest_neighbors", "random_state": seed}
-    config = temi.TrainConfig(num_clusters=clusters, seed=seed)
+    config = temi.TrainConfig(**BASE, num_clusters=clusters, seed=seed)
     return {
         "k-means": lambda: temi.kmeans(x, clusters, "none", seed),
         "Ward": lambda: AgglomerativeClustering(clusters).fit_predict(x),

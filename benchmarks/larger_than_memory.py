@@ -163,7 +163,7 @@ def train_cut(folder: str, images: int, kind: str, steps: int, place: str) -> di
     temi.state.head_labels = cut_labels
     config = temi.TrainConfig(
         num_clusters=CLUSTERS, epochs=1, warmup_epochs=0, batch_size=BATCH, group_size=GROUP,
-        device="cpu",
+        device="cpu", precision="fp32",
     )  # fmt: skip
     forget(folder)
     start = time.perf_counter()
@@ -266,7 +266,8 @@ def quality(features: str | None, seeds: int) -> dict:
         "blocks, an eighth of the file in a window": (small, max(2, len(x) // small // 8)),
         "two fifths of the classes in a window": (few, classes // 2),
     }
-    config = temi.TrainConfig(num_clusters=classes, device="cpu")
+    on_cpu = {"device": "cpu", "precision": "fp32"}
+    config = temi.TrainConfig(num_clusters=classes, **on_cpu)
     data = temi.embeddings.Features.from_array(x)
     resolved = config.resolve(len(x))
     width = resolved.num_neighbors
@@ -280,7 +281,7 @@ def quality(features: str | None, seeds: int) -> dict:
     scores: dict = {name: [] for name in orders}
     for seed in range(seeds):
         for name, (block, mixed) in orders.items():
-            config = temi.TrainConfig(num_clusters=classes, device="cpu", seed=seed)
+            config = temi.TrainConfig(num_clusters=classes, seed=seed, **on_cpu)
             rows.WINDOW = mixed or window
             temi.training.rows_per_block = lambda _, block=block: block
             place = "device" if block is None else "file"

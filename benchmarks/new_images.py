@@ -29,8 +29,8 @@ def main() -> None:
     )
     first = [np.flatnonzero(new.labels == label)[:1000] for label in range(new.num_classes)]
     new = new.keep([new.ids[row] for row in np.concatenate(first)])
-    features = temi.embed(known, "efficientnet_lite0", image_size=112)
-    run = temi.train(features, temi.TrainConfig(num_clusters=known.num_classes))
+    features = temi.embed(known, "efficientnet_lite0", image_size=112, precision="fp32")
+    run = temi.train(features, temi.TrainConfig(num_clusters=known.num_classes, precision="fp32"))
     table = temi.predict_images(run, new)
     results = {
         "trained_on": temi.evaluate(run.labels, known.labels),

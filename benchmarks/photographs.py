@@ -6,9 +6,9 @@ without their classes, and runs on it, each command a process of its own,
     python -m temi embed FOLDER --backbone efficientnet_lite0 --image-size 112
     python -m temi cluster FOLDER --image-size 112 --num-clusters 10
 
-for their seconds and the most memory that each takes. EfficientNet-Lite0 was trained with the
-labels of ImageNet; the classes of CIFAR-10 score what came out and do nothing else. Writes its row
-of results/benchmarks/photographs.json and, for 10,000 images at 112 pixels, the picture
+in fp32, for their seconds and the most memory that each takes. EfficientNet-Lite0 was trained with
+the labels of ImageNet; the classes of CIFAR-10 score what came out and do nothing else. Writes its
+row of results/benchmarks/photographs.json and, for 10,000 images at 112 pixels, the picture
 results/figures/cifar10_clusters.jpg.
 
     python benchmarks/photographs.py PATH-TO-CIFAR10-JPEG
@@ -71,7 +71,7 @@ def flat_copy(source: Path, folder: Path, splits: tuple[str, ...]) -> dict[str, 
 def scored(folder: Path, out: Path, size: int, classes: dict[str, str]) -> dict:
     """Scores of the vote and of k-means, by classes that nothing before has seen."""
     images = temi.load_images(str(folder))
-    features = temi.embed(images, "efficientnet_lite0", image_size=size)  # from the cache
+    features = temi.embed(images, "efficientnet_lite0", image_size=size, precision="fp32")
     _, y = np.unique([classes[name] for name in features.ids], return_inverse=True)
     run = temi.load_run(out / "run")
     found = {"vote": run.labels}
@@ -101,9 +101,9 @@ def main() -> None:
         folder, out, log = place / "photographs", place / "clusters", place / "measured.json"
         splits = ("test",) if given.split == "test" else ("train", "test")
         classes = flat_copy(given.folder, folder, splits)
-        embed = ["embed", str(folder), "--backbone", "efficientnet_lite0", "--image-size", size]
-        measured(log, *embed)
-        cluster = ["cluster", str(folder), "--image-size", size, "--num-clusters", CLUSTERS]
+        how = ["--image-size", size, "--precision", "fp32"]
+        measured(log, "embed", str(folder), "--backbone", "efficientnet_lite0", *how)
+        cluster = ["cluster", str(folder), "--num-clusters", CLUSTERS, *how]
         row = {"images": len(classes), "pixels": given.image_size}
         row |= measured(log, *cluster, "--overwrite", "--out", str(out))
         record = json.loads((out / "run" / "final_results.json").read_text())

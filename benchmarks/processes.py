@@ -32,7 +32,8 @@ from temi.__main__ import main as command_line
 from temi.files import write_json
 
 FILE = Path(__file__).parents[1] / "results" / "benchmarks" / "processes.json"
-BACKBONE = ["--backbone", "efficientnet_lite0", "--image-size", "112", "--device", "cpu"]
+BACKBONE = ["--backbone", "efficientnet_lite0", "--image-size", "112", "--device", "cpu",
+            "--precision", "fp32"]  # fmt: skip
 
 
 def command_here(folder: Path, command: list[str]) -> None:
@@ -77,7 +78,7 @@ def main() -> None:
             (manifest,) = folder.rglob("manifest.json")
             files = [manifest.with_name(part) for part in ("embeddings.npy", "ids.json")]
             caches.append([file.read_bytes() for file in files])
-            settings = ["--labels", "folders", "--precision", "fp32", "--run-dir", "run"]
+            settings = ["--labels", "folders", "--run-dir", "run"]
             row = measure(processes, folder, ["train", path, *BACKBONE, *settings])
             scores = json.loads((folder / "run" / "final_results.json").read_text())["metrics"]
             trained.append(row | {name: round(scores[name], 4) for name in ("acc", "nmi")})

@@ -86,8 +86,9 @@ def train_cut(features: Features, neighbors: np.ndarray, clusters: int, steps: i
     try:
         with AnonymousPeak() as memory:
             config = temi.TrainConfig(
-                num_clusters=clusters, num_heads=HEADS, epochs=1, warmup_epochs=0, device="cpu"
-            )
+                num_clusters=clusters, num_heads=HEADS, epochs=1, warmup_epochs=0,
+                device="cpu", precision="fp32",
+            )  # fmt: skip
             run = temi.train(features, config, neighbors=neighbors, progress=False)
     finally:
         temi.training.draw_pairs = drawn

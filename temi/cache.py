@@ -162,7 +162,7 @@ def embed_shard(
     **options
         ``dtype``, ``batch_size``, ``num_workers``, ``device``, ``precision``, ``on_error`` and
         ``progress``: see :func:`embed`. Shares fit together where dtype, batch size and precision
-        agree, so name the latter two where the jobs' devices differ.
+        agree, so name the latter two where the jobs' devices or processors differ.
 
     Returns
     -------

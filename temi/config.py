@@ -59,7 +59,9 @@ Device = Annotated[
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
-    Field(description="of matrix products; 'auto': bf16 on a GPU that has it, else fp32"),
+    Field(
+        description="of matrix products; 'auto': bf16 where the GPU or processor has it, else fp32"
+    ),
 ]
 
 

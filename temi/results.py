@@ -14,6 +14,7 @@ from temi import distributed
 from temi.baselines import kmeans
 from temi.config import TrainConfig
 from temi.data import holds_embeddings
+from temi.devices import uses_bf16
 from temi.embeddings import Features
 from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
 from temi.runs import Run
@@ -84,7 +85,7 @@ def final_results(
             return dict.fromkeys(SCORES)
         return score(kmeans(features.x, run.config.num_clusters, how, run.config.seed))
 
-    config = run.config
+    config, device = run.config, run.teacher.gain.device
     per_head = [
         {"loss": float(loss), **score(labels)}
         for loss, labels in zip(run.head_losses, run.head_labels, strict=True)
@@ -113,7 +114,8 @@ def final_results(
         "provenance": {
             "features": features.manifest,
             "seed": config.seed,
-            "device": str(run.teacher.gain.device),
+            "device": str(device),
+            "precision": "bf16" if uses_bf16(config.precision, device) else "fp32",
             "threads": torch.get_num_threads(),
             "processes": distributed.processes(),
             "machine": platform.machine(),

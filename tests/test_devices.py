@@ -10,6 +10,7 @@ from temi.config import TrainConfig
 from temi.devices import (
     device_name,
     half_precision,
+    has_bf16,
     is_out_of_memory,
     resolve_device,
     runs_bf16,
@@ -19,6 +20,21 @@ from temi.devices import (
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """What a test pretends of the machine, the next one does not remember."""
+    yield
+    has_bf16.cache_clear()
+    runs_bf16.cache_clear()
+
+
+def pretend(monkeypatch, **capabilities: bool) -> None:
+    """Let the processor have instructions."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    has_bf16.cache_clear()
+    runs_bf16.cache_clear()
+
+
 def test_names():
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
@@ -26,21 +42,37 @@ def test_names():
         TrainConfig(device="tpu")
 
 
-def test_precision():
-    for precision, expected in (("fp32", False), ("auto", False), ("bf16", True)):
+@pytest.mark.parametrize("own", [True, False])
+def test_precision(own, monkeypatch):
+    pretend(monkeypatch, avx512_bf16=own)
+    for precision, expected in (("fp32", False), ("auto", own), ("bf16", True)):
         with half_precision(precision, CPU):
             assert torch.is_autocast_enabled("cpu") == expected
 
 
+CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
+
+
+@pytest.mark.parametrize(("product", "expected"), [("", True), (CRASH, False)])
+def test_amx_is_tried_before_auto_takes_it(product, expected, monkeypatch):
+    monkeypatch.setattr("temi.devices._BF16_PRODUCT", product)
+    pretend(monkeypatch, avx512_bf16=True, amx_bf16=True)
+    assert uses_bf16("auto", CPU) == expected
+
+
+def test_a_torch_that_cannot_tell_stays_with_fp32(monkeypatch):
+    has_bf16.cache_clear()
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not uses_bf16("auto", CPU)
+
+
 def test_a_trial_that_stops_its_process_is_said(monkeypatch):
     """As on a virtual machine that announces instructions and does not run them."""
-    crash = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"
-    monkeypatch.setattr("temi.devices._BF16_PRODUCT", crash)
+    monkeypatch.setattr("temi.devices._BF16_PRODUCT", CRASH)
     runs_bf16.cache_clear()
     with pytest.raises(ValueError, match=r"precision='bf16': .*'auto' or 'fp32' is allowed"):
         TrainConfig(precision="bf16", device="cpu")
     assert TrainConfig(device="cpu").precision == "auto"
-    runs_bf16.cache_clear()
 
 
 def test_memory_errors_are_recognised():
@@ -99,9 +131,8 @@ def test_auto_is_bf16_on_a_gpu_that_has_it_itself(own, monkeypatch):
         return own or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", asked)
-    runs_bf16.cache_clear()
+    pretend(monkeypatch)
     assert uses_bf16("auto", torch.device("cuda")) == own
-    runs_bf16.cache_clear()
 
 
 def test_products_are_in_bf16_where_it_is_used(monkeypatch):

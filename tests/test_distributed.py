@@ -23,7 +23,8 @@ from temi.checkpoints import EMERGENCY, FOLDER, LATEST
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("TEMI_KILLS", "2"))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-OPTIONS = {"num_clusters": 10, "seed": 3, "num_heads": 4, "epochs": 16, "device": "cpu"}
+OPTIONS = {"num_clusters": 10, "seed": 3, "num_heads": 4, "epochs": 16, "device": "cpu",
+           "precision": "fp32"}  # fmt: skip
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not torch.distributed.is_gloo_available(),
     reason="needs gloo, and Linux to find the ranks' processes",

@@ -78,11 +78,11 @@ def embedded_whole(folder, tmp_path, use):
 def test_values_are_those_of_the_plain_computation(folder, tmp_path, use):
     backbone = use(tiny())
     images = load_images(str(folder))
-    features = embed(images, "tiny", **options(tmp_path, dtype="float32"))
+    features = embed(images, "tiny", **options(tmp_path, dtype="float32", precision="fp32"))
     with torch.inference_mode():
         rows = [backbone.model(torch.from_numpy(prepare(i))[None]) for i in images.images]
     np.testing.assert_allclose(features.x, torch.cat(rows).numpy(), rtol=1e-5, atol=1e-6)
-    half = embed(images, "tiny", **options(tmp_path / "half"))
+    half = embed(images, "tiny", **options(tmp_path / "half", precision="fp32"))
     assert half.x.dtype == np.float16
     np.testing.assert_allclose(half.x, features.x, rtol=1e-3, atol=1e-5)
 

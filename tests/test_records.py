@@ -18,6 +18,7 @@ from temi import checkpoints, training
 from temi.checkpoints import BEST, LATEST
 from temi.config import TrainConfig
 from temi.data import ImageSet, load_images
+from temi.devices import runs_bf16
 from temi.embeddings import Features
 from temi.neighbors import check_neighbors
 from temi.overview import list_runs
@@ -85,6 +86,15 @@ def test_results_fit_the_schema(finished, monkeypatch, tmp_path):
     assert len(load_run(tmp_path / "cut").predict(X)) == 240
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(unfinished | {"history": []}, SCHEMA)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_precision_that_auto_came_to_is_recorded(own, monkeypatch, tmp_path):
+    if own and not runs_bf16("cpu"):
+        pytest.skip("bfloat16 products stop the process here")
+    monkeypatch.setattr("temi.devices.has_bf16", lambda _: own)
+    start(tmp_path / "run")
+    assert results(tmp_path / "run")["provenance"]["precision"] == ("bf16" if own else "fp32")
 
 
 def test_tensorboard(finished):

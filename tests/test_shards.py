@@ -310,6 +310,7 @@ def test_blocks_of_several_batches_go_on_within_a_block(folder, tmp_path, use, m
     kept = [row for row in range(60) if row not in (1, 9, 30)]
     pixels = torch.stack([torch.from_numpy(prepare(images.images[row])) for row in kept])
     expected = backbone.model(pixels).detach().numpy()
+    given = options(tmp_path, precision="fp32")
 
     def interrupt(self, x, forward=Tiny.forward):
         if self.calls == 2:  # the third of the batches 0 to 2 and 6, 7
@@ -320,9 +321,9 @@ def test_blocks_of_several_batches_go_on_within_a_block(folder, tmp_path, use, m
     with monkeypatch.context() as patch:
         patch.setattr(Tiny, "forward", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
+            temi.embed_shard(images, "tiny", shard="1/2", **given)
     with pytest.warns(UserWarning, match="3 of 60"):
-        features = temi.embed(images, "tiny", **options(tmp_path))
+        features = temi.embed(images, "tiny", **given)
     assert backbone.model.calls == 8
     assert features.ids == tuple(f"{row:03d}.png" for row in kept)
     np.testing.assert_allclose(features.x, expected, rtol=1e-3, atol=1e-5)
