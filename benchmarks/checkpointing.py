@@ -1,7 +1,7 @@
 """Claim: keeping a run whole costs under 10% of the time of its steps.
 
 Trains 16 heads of the default recipe on 10,000 embeddings of 1280 dimensions, with everything that
-a run writes after each epoch: a checkpoint, results, assignments, TensorBoard. Against it stand the
+a run writes while it grows: checkpoints, results, assignments, TensorBoard. Against it stand the
 steps alone of the same training with nothing written. The two take turns, so that both meet the
 same other load of the machine; the ratio is that of the medians. Writes
 results/benchmarks/checkpointing.json.

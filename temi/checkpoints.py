@@ -6,7 +6,7 @@ holds both, so no moment exists in which the two do not belong together; :func:`
 notice of the trailer. Names in ``checkpoints/``:
 
 ==============================  ==================================================================
-``checkpoint_latest.pth``       after the latest whole epoch
+``checkpoint_latest.pth``       after the latest whole epoch, or one up to ten seconds before
 ``checkpoint_previous.pth``     the one before, for when the latest is damaged
 ``checkpoint_best.pth``         after the best epoch so far; see :class:`temi.RunOptions`
 ``checkpoint_epoch_0010.pth``   after every tenth epoch, or as ``checkpoint_every`` says

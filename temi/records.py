@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from temi.rundirs import Place, locked, settle, stage
 from temi.runs import Run
 
 LOGS = "logs"
+SAVE_SECONDS = 10.0  # what a killed training loses at most, beside the epoch that it was in
 ROWS = 2**16  # of a table written together: as texts they take many times the memory
 
 
@@ -55,6 +57,7 @@ class Record:
         self.pool, self.pending = ThreadPoolExecutor(max_workers=1), Future()
         self.pending.set_result(None)
         self._writer: Any = None
+        self._saved, self._best = -SAVE_SECONDS, None  # when; the best epoch's state since then
         self._lock = ExitStack()
         self._neighbors = resumed[1].get("neighbors") if resumed else None
         if self.folder is None:
@@ -134,6 +137,9 @@ class Record:
     def epoch(self, content: dict, run: Run, features: Features, sizes: Tensor) -> None:
         """Write all that is valid after an epoch.
 
+        A checkpoint is written after the first epoch and the last, after those whose checkpoints
+        stay, and after others that end :data:`SAVE_SECONDS` after the one before or later.
+
         Parameters
         ----------
         content : dict
@@ -146,12 +152,17 @@ class Record:
         """
         if self.folder is None:
             return
-        self.pending.result()
-        self.pending = self.pool.submit(self._save, content)
+        number, now, options = content["epoch"], time.monotonic(), self.options
+        if best_epoch(content["history"], options.best_by)[0] == number:
+            self._best = content
+        stays = number % options.checkpoint_every == 0 or number == run.config.epochs
+        if stays or now - self._saved >= SAVE_SECONDS:
+            self.pending.result()
+            self.pending = self.pool.submit(self._save, content, self._best)
+            self._saved, self._best = now, None
         self._neighbors = content["neighbors"]
         self._write(run, features, finished=False)
         entry = run.history[-1]
-        number = entry["epoch"]
         for head, loss in enumerate(entry["head_losses"]):
             self.writer.add_scalar(f"loss/head {head:02d}", loss, number)
         names = ("learning_rate", "marginal_entropy", "gradient_norm", "mean_head_acc",
@@ -162,9 +173,15 @@ class Record:
         self.writer.add_histogram("cluster sizes", sizes.flatten(), number)
         self.writer.flush()
 
-    def _save(self, content: dict) -> None:
+    def _save(self, content: dict, best: dict | None) -> None:
+        if best is not content:
+            self._save_best(best)
         checkpoints.save_latest(self.checkpoints, content, position(content))
         self._keep(content)
+
+    def _save_best(self, content: dict | None) -> None:
+        if content is not None:
+            checkpoints.save(self.checkpoints / checkpoints.BEST, content, position(content))
 
     def _keep(self, content: dict) -> None:
         epoch, options = content["epoch"], self.options
@@ -179,6 +196,7 @@ class Record:
             return
         self.pending.result()
         content = state(*arguments)
+        self._save_best(self._best)
         checkpoints.save(self.checkpoints / checkpoints.EMERGENCY, content, position(content))
         tqdm.write(
             f"stopped after {content['epoch']} epochs and {content['step']} steps; "

@@ -140,6 +140,44 @@ def test_names_of_the_checkpoints(tmp_path):
     }  # fmt: skip
 
 
+@pytest.fixture
+def fourth_is_best(monkeypatch):
+    """Checkpoints written, by name and epoch, of runs whose fourth epoch is the best."""
+    save, written = checkpoints.save, []
+
+    def counted(path, content, position):
+        written.append((path.name, position.epoch))
+        save(path, content, position)
+
+    monkeypatch.setattr(checkpoints, "save", counted)
+    monkeypatch.setattr("temi.records.best_epoch", lambda past, _: (min(4, len(past)), 0.0))
+    return written
+
+
+def test_short_epochs_share_a_checkpoint(fourth_is_best, tmp_path):
+    config = dataclasses.replace(SMALL, epochs=12)
+    start(tmp_path / "run", config)
+    assert fourth_is_best == [(LATEST, 1), (BEST, 4), (LATEST, 10), (LATEST, 12)]
+    start(tmp_path / "all", config, checkpoint_every=1, keep_checkpoints=12)
+    best = checkpoints.load(tmp_path / "run" / "checkpoints" / BEST)
+    fourth = checkpoints.load(tmp_path / "all" / "checkpoints" / "checkpoint_epoch_0004.pth")
+    assert len(best["history"]) == 4
+    for name, weight in fourth["teacher"].items():
+        assert (best["teacher"][name] == weight).all()
+
+
+def test_long_epochs_have_a_checkpoint_each(fourth_is_best, monkeypatch, tmp_path):
+    monkeypatch.setattr("temi.records.SAVE_SECONDS", 0.0)
+    start(tmp_path / "run")
+    assert fourth_is_best == [(LATEST, epoch) for epoch in range(1, 6)]
+    assert checkpoints.load(tmp_path / "run" / "checkpoints" / BEST)["epoch"] == 4
+
+
+def test_a_training_that_is_cut_short_keeps_the_best(fourth_is_best, monkeypatch, tmp_path):
+    cut_short(tmp_path / "run", monkeypatch, epochs=5, config=dataclasses.replace(SMALL, epochs=9))
+    assert fourth_is_best == [(LATEST, 1), (BEST, 4), ("checkpoint_emergency.pth", 5)]
+
+
 def test_best_by_accuracy_is_an_oracle(tmp_path):
     run = start(tmp_path / "run", best_by="accuracy")
     accuracies = [entry["ensemble_acc"] for entry in run.history]
@@ -372,6 +410,7 @@ def test_a_finished_run_goes_on_where_it_stands(finished, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setattr("temi.records.SAVE_SECONDS", 0.0)
     cut_short(tmp_path / "run", monkeypatch)
     folder = tmp_path / "run" / "checkpoints"
     for name in ("checkpoint_emergency.pth", LATEST):

@@ -224,6 +224,7 @@ def test_full_disk_leaves_the_earlier_checkpoints(monkeypatch, tmp_path, whole):
         saved.append(1)
         save(*arguments)
 
+    monkeypatch.setattr("temi.records.SAVE_SECONDS", 0.0)
     monkeypatch.setattr(checkpoints, "save", counting)
     monkeypatch.setattr(checkpoints, "_HashingFile", FullDisk)
     with pytest.raises(OSError, match="No space left on device; what stood there before is as it"):
