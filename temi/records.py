@@ -57,7 +57,8 @@ class Record:
         self.pool, self.pending = ThreadPoolExecutor(max_workers=1), Future()
         self.pending.set_result(None)
         self._writer: Any = None
-        self._saved, self._best = -SAVE_SECONDS, None  # when; the best epoch's state since then
+        self._saved = -SAVE_SECONDS  # when
+        self._best: dict | None = None  # state of the best epoch, if that was since
         self._lock = ExitStack()
         self._neighbors = resumed[1].get("neighbors") if resumed else None
         if self.folder is None:
