@@ -60,7 +60,7 @@ def has_bf16(device_type: str) -> bool:
 
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise a ValueError if ``precision`` cannot be had on ``device``."""
-    if precision == "bf16" and not runs_bf16(device.type):
+    if precision == "bf16" and not (has_bf16(device.type) or runs_bf16(device.type)):
         raise ValueError(
             f"precision='bf16': products in bfloat16 do not run on this machine's {device.type}; "
             "'auto' or 'fp32' is allowed (on a virtual machine whose AMX is cut off, setting the "

@@ -182,7 +182,8 @@ def no_such_device(*_):
 
 
 def no_bf16(_, monkeypatch):
-    monkeypatch.setattr(devices, "runs_bf16", lambda _: False)
+    for name in ("has_bf16", "runs_bf16"):
+        monkeypatch.setattr(devices, name, lambda _: False)
     devices.check_precision("bf16", CPU)
 
 
