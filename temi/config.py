@@ -355,6 +355,13 @@ class RunOptions:
             "kernel; not where several processes share a batch"
         ),
     ] = True
+    baseline: Annotated[
+        Literal["auto", "always", "never"],
+        Field(
+            description="k-means on the same embeddings, to compare with, where there are labels; "
+            "'auto': if images x clusters x dimensions are at most 4 billion, which takes minutes"
+        ),
+    ] = "auto"
 
     def __post_init__(self):
         check_types(self)

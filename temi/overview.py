@@ -81,7 +81,8 @@ def summary(run_dir: str | Path) -> str:
         )  # fmt: skip
     else:
         scores = {"TEMI, vote of all heads": results["metrics"]}
-        scores |= {f"k-means, {how}": found for how, found in results["kmeans"].items()}
+        scores |= {f"k-means, {how}": found for how, found in results["kmeans"].items()
+                   if found["acc"] is not None}  # fmt: skip
         table = pd.DataFrame(scores).T.round(3)
     files = [str(Path(run_dir) / name) for name in sorted(p.name for p in folder.iterdir())]
     return "\n".join([table.to_string(), *files])

@@ -57,8 +57,8 @@ class Record:
         self.pool, self.pending = ThreadPoolExecutor(max_workers=1), Future()
         self.pending.set_result(None)
         self._writer: Any = None
-        self._saved = -SAVE_SECONDS  # when
-        self._best: dict | None = None  # state of the best epoch, if that was since
+        self._saved = -SAVE_SECONDS  # when a checkpoint was last begun
+        self._best: dict | None = None  # state of the best epoch, if that is newer
         self._lock = ExitStack()
         self._neighbors = resumed[1].get("neighbors") if resumed else None
         if self.folder is None:
@@ -237,7 +237,7 @@ class Record:
                 rows.to_csv(file, index=False, header=start == 0, lineterminator="\n")
         results = final_results(
             run, features, best_by=self.options.best_by, finished=finished,
-            neighbors=self._neighbors,
+            neighbors=self._neighbors, baseline=self.options.baseline,
         )  # fmt: skip
         if finished:
             self._log_scores(results)

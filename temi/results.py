@@ -3,12 +3,14 @@
 import functools
 import platform
 import shlex
+import sys
 from dataclasses import asdict
 from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 from temi import distributed
 from temi.baselines import kmeans
@@ -18,6 +20,10 @@ from temi.devices import uses_bf16
 from temi.embeddings import Features
 from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
 from temi.runs import Run
+
+BASELINES = ("none", "center-l2")  # what is done to the embeddings before k-means
+AFFORDABLE = 4 * 10**9  # images x clusters x dimensions. Of 25,000 x 100 x 1,280 both take 196 s
+NOTICED = 2 * 10**7  # on two cores (results/benchmarks/time_to_accuracy_tiny.json); of these, 2 s
 
 
 def accuracies(run: Run, classes: np.ndarray) -> dict[str, float]:
@@ -52,6 +58,7 @@ def final_results(
     best_by: str = "loss",
     finished: bool = True,
     neighbors: str | None = None,
+    baseline: str = "auto",
 ) -> dict:
     """Scores, history and provenance of a run, as ``final_results.schema.json`` describes them.
 
@@ -66,6 +73,8 @@ def final_results(
         False while the run still trains: then every score is None, as without labels.
     neighbors : str, optional
         Checksum of the neighbours, where they were given: then no command repeats the run.
+    baseline : {"auto", "always", "never"}
+        Whether k-means is computed: see :class:`temi.RunOptions`. If not, its scores are None.
 
     Returns
     -------
@@ -76,22 +85,41 @@ def final_results(
         ``config``, ``provenance``, ``finished``.
     """
     classes = features.labels if finished else None
+    config, device = run.config, run.teacher.gain.device
+    size = config.num_clusters * features.x.size
+    affordable = baseline == "always" or (baseline == "auto" and size <= AFFORDABLE)
+    with_kmeans = classes is not None and affordable
+    unknown = dict.fromkeys(SCORES)
+    bar = tqdm(
+        total=len(run.head_labels) + 1 + len(BASELINES) * with_kmeans, desc="scoring",
+        file=sys.stdout, disable=classes is None or size < NOTICED,
+    )  # fmt: skip
 
     def score(labels: np.ndarray) -> dict:
-        return dict.fromkeys(SCORES) if classes is None else evaluate(labels, classes)
+        scores = unknown if classes is None else evaluate(labels, classes)
+        bar.update()
+        return scores
 
-    def baseline(how: str) -> dict:
-        if classes is None:
-            return dict.fromkeys(SCORES)
-        return score(kmeans(features.x, run.config.num_clusters, how, run.config.seed))
+    def score_kmeans(how: str) -> dict:
+        bar.set_postfix_str("k-means, to compare with")
+        return score(kmeans(features.x, config.num_clusters, how, config.seed))
 
-    config, device = run.config, run.teacher.gain.device
-    per_head = [
-        {"loss": float(loss), **score(labels)}
-        for loss, labels in zip(run.head_losses, run.head_labels, strict=True)
-    ]
+    with bar:
+        per_head = [
+            {"loss": float(loss), **score(labels)}
+            for loss, labels in zip(run.head_losses, run.head_labels, strict=True)
+        ]
+        scores = score(run.labels)
+        of_kmeans = {how: score_kmeans(how) if with_kmeans else unknown for how in BASELINES}
+    if classes is not None and baseline == "auto" and not affordable:
+        count, dim = features.x.shape
+        tqdm.write(
+            f"k-means, to compare with, is left out: {count} images x {config.num_clusters} "
+            f"clusters x {dim} dimensions are more than {AFFORDABLE}; baseline='always' computes "
+            "it",
+            file=sys.stdout,
+        )
     mean_head = pd.DataFrame(per_head).astype(float).mean()
-    scores = score(run.labels)
     epoch, value = best_epoch(run.history, best_by)
     return {
         "finished": finished,
@@ -100,7 +128,7 @@ def final_results(
         "mean_head": mean_head.replace(np.nan, None).to_dict(),
         "best_head": {"head": run.best_head, **per_head[run.best_head]},
         "ensemble": {**scores, "mean_agreement": float(run.agreement.mean())},
-        "kmeans": {how: baseline(how) for how in ("none", "center-l2")},
+        "kmeans": of_kmeans,
         "cluster_statistics": cluster_statistics(run.labels, config.num_clusters),
         "history": run.history,
         "retries": run.retries,

@@ -78,10 +78,11 @@ def train(
         Where the run is kept: settings, scores, clusters, checkpoints, logs. A relative one starts
         at the current folder; nothing is written when None.
     progress : bool
-        Show a progress bar. Trouble is said in any case.
+        Show a progress bar of the training. Trouble is said in any case.
     **options
         ``resume``, ``overwrite``, ``on_divergence``, ``checkpoint_every``, ``keep_checkpoints``,
-        ``best_by``, ``log_every``, ``keep_rows``, ``cuda_graph``: see :class:`temi.RunOptions`.
+        ``best_by``, ``log_every``, ``keep_rows``, ``cuda_graph``, ``baseline``: see
+        :class:`temi.RunOptions`.
 
     Returns
     -------

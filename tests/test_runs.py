@@ -16,7 +16,7 @@ from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
 from temi.export import sort_images
-from temi.metrics import evaluate
+from temi.metrics import SCORES, evaluate
 from temi.overview import list_runs, summary
 from temi.parameters import JobConfig
 from temi.plots import compare_runs
@@ -220,6 +220,35 @@ def test_summary(finished):
         assert part in text
 
 
+def test_k_means_that_would_take_too_long_is_left_out_until_asked_for(
+    finished, features, tmp_path, monkeypatch, capsys
+):
+    def scored(**options) -> dict:
+        train(features, QUICK, run_dir=tmp_path / "run", progress=False, **options)
+        return json.loads((tmp_path / "run" / "final_results.json").read_text())
+
+    size = 1797 * 10 * 64
+    monkeypatch.setattr("temi.results.AFFORDABLE", size - 1)
+    monkeypatch.setattr("temi.results.NOTICED", size)
+    left_out = scored()["kmeans"]
+    assert left_out == dict.fromkeys(("none", "center-l2"), dict.fromkeys(SCORES))
+    said = capsys.readouterr().out
+    assert "1797 images x 10 clusters x 64 dimensions are more than 1150079; baseline=" in said
+    assert "scoring: 100%" in said
+    assert "3/3" in said  # two heads and their vote
+    assert "k-means" not in summary(tmp_path / "run")
+    asked_for = scored(resume="auto", baseline="always")  # nothing is left to train
+    there = json.loads((finished[1] / "final_results.json").read_text())
+    assert asked_for["kmeans"] == there["kmeans"]
+    assert "5/5" in capsys.readouterr().out
+    assert scored(resume="auto", baseline="never")["kmeans"] == left_out
+    assert "k-means" not in capsys.readouterr().out
+    monkeypatch.setattr("temi.results.AFFORDABLE", size)
+    monkeypatch.setattr("temi.results.NOTICED", size + 1)
+    assert scored(resume="auto")["kmeans"] == there["kmeans"]
+    assert capsys.readouterr().out == ""
+
+
 def test_summary_without_labels(tmp_path):
     x = np.repeat(np.eye(4, 6, dtype=np.float32), 50, axis=0)
     noise = np.random.default_rng(0).normal(0, 0.1, x.shape).astype(np.float32)
@@ -271,7 +300,8 @@ def test_list_of_runs(features, tmp_path):
 def test_a_bf16_run_is_read_back_where_there_is_no_bf16(finished, monkeypatch):
     run, run_dir = finished
     settings = dataclasses.replace(run.config, precision="bf16")  # tried once, and kept
-    monkeypatch.setattr("temi.devices.runs_bf16", lambda kind: False)
+    for name in ("has_bf16", "runs_bf16"):
+        monkeypatch.setattr(f"temi.devices.{name}", lambda kind: False)
     content = checkpoints.load(run_dir / "checkpoints" / checkpoints.LATEST)
     monkeypatch.setattr(
         checkpoints, "newest",
