@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import sys
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from temi import distributed
 
@@ -18,6 +20,8 @@ ROUNDING = 1e-6  # of a cosine in fp32
 EXACT_UP_TO = 250_000  # rows that a CPU compares with all others in some minutes; 5 million: days
 PROBES = 64  # cells looked into; see approximate_neighbors
 COMPARED = 2**22  # numbers of rows held against others at a time: 32 MiB
+PARTS = 20  # of an exact search, at most, between which its progress is shown
+LOOKED_UP = 2**14  # rows of an approximate one
 
 
 def nearest_neighbors(
@@ -137,10 +141,19 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
     width = vectors.shape[1]
     centers = faiss.IndexFlatIP(width)
     index = faiss.IndexIVFFlat(centers, width, max(1, cells), faiss.METRIC_INNER_PRODUCT)
-    index.train(vectors)
-    index.add(vectors)
-    index.nprobe = PROBES
-    similarities, indices = map(torch.from_numpy, index.search(vectors[rows], k + 1))  # (M, k + 1)
+    wanted = vectors[rows]
+    with _progress(len(wanted), disable=count <= EXACT_UP_TO) as bar:
+        bar.set_postfix_str("first the cells")
+        index.train(vectors)
+        index.add(vectors)
+        index.nprobe = PROBES
+        bar.set_postfix_str("")
+        found = []
+        for start in range(0, len(wanted), LOOKED_UP):
+            part = wanted[start : start + LOOKED_UP]
+            found.append(index.search(part, k + 1))
+            bar.update(len(part))
+    similarities, indices = map(torch.from_numpy, map(np.concatenate, zip(*found, strict=True)))
     if (indices < 0).any():
         raise ValueError(
             f"num_neighbors={k}: the cells that were searched hold fewer; a smaller number, or "
@@ -242,10 +255,36 @@ def search_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     many = len(x) > EXACT_UP_TO and x.device.type == "cpu"
     approximate = many and importlib.util.find_spec("faiss") is not None
-    search = approximate_neighbors if approximate else nearest_neighbors
+    search = approximate_neighbors if approximate else _exact_in_parts
     found = search(x, k, rows=distributed.share(len(x)))
     indices, similarities = (distributed.gather_rows(part, len(x)) for part in found)
     return indices, similarities
+
+
+def _exact_in_parts(x: Tensor, k: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """What :func:`nearest_neighbors` gives, with progress.
+
+    A part is several of its chunks, beside which normalising all rows again takes little.
+    """
+    count, chunk_size = rows.stop - rows.start, max(1, LARGEST // len(x))
+    part = chunk_size * max(10, count // (chunk_size * PARTS))
+    indices = torch.empty(count, k, dtype=torch.int64, device=x.device)
+    similarities = torch.empty(count, k, dtype=torch.promote_types(x.dtype, torch.float32),
+                               device=x.device)  # fmt: skip
+    with _progress(count, delay=2) as bar:
+        for start in range(0, count, part):
+            own = slice(start, min(start + part, count))
+            among_all = slice(rows.start + own.start, rows.start + own.stop)
+            indices[own], similarities[own] = nearest_neighbors(x, k, rows=among_all)
+            bar.update(own.stop - own.start)
+    return indices, similarities
+
+
+def _progress(count: int, disable: bool = False, **options) -> tqdm:
+    """A bar over so many images, of one process of several."""
+    disable = disable or not distributed.is_first()
+    return tqdm(total=count, desc="neighbours", unit="image", file=sys.stdout, disable=disable,
+                **options)  # fmt: skip
 
 
 def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:

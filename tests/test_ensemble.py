@@ -136,6 +136,15 @@ def test_chunks_of_logits_stay_small(limit, rows, monkeypatch):
     torch.testing.assert_close(torch.cat(chunks, dim=1), heads(x).detach())
 
 
+def test_asking_the_heads_for_long_shows_progress(monkeypatch, capsys):
+    heads, x, shown = MultiHead(8, K, 3, 16, 4), torch.randn(25, 8), ensemble.tqdm
+    ensemble.head_labels(heads, x)
+    assert capsys.readouterr().out == ""  # it takes no two seconds
+    monkeypatch.setattr(ensemble, "tqdm", lambda **options: shown(**options | {"delay": 0}))
+    ensemble.head_labels(heads, x)
+    assert "asking the heads: 100%" in capsys.readouterr().out
+
+
 def test_many_clusters_in_small_numbers():
     heads = np.random.default_rng(0).integers(300, size=(3, 2000))
     expected = align_heads(heads, 300, 0)

@@ -104,6 +104,28 @@ def test_many_rows_are_searched_approximately_where_faiss_is_there(blobs, monkey
     assert (search_neighbors(blobs, 3)[0] == exact).all()
 
 
+def test_a_long_search_shows_its_progress_and_finds_the_same(blobs, monkeypatch, capsys):
+    x, shown, at_once = blobs[:2000].float(), neighbors.tqdm, {"delay": 0, "mininterval": 0}
+    indices, similarities = nearest_neighbors(x, 3, chunk_size=20)
+    monkeypatch.setattr(neighbors, "LARGEST", 20 * 2000)  # parts of ten such chunks
+    monkeypatch.setattr(neighbors, "tqdm", lambda **options: shown(**options | at_once))
+    found, values = search_neighbors(x, 3)
+    assert torch.equal(found, indices)
+    assert torch.equal(values, similarities)
+    said = capsys.readouterr().out
+    assert "neighbours:  10%" in said
+    assert "2000/2000" in said
+    assert search_neighbors(x.half(), 3)[1].dtype == torch.float32
+    approximate = approximate_neighbors(x, 3)[0]
+    monkeypatch.setattr(neighbors, "EXACT_UP_TO", 1999)
+    monkeypatch.setattr(neighbors, "LOOKED_UP", 800)
+    capsys.readouterr()
+    assert (search_neighbors(x, 3)[0] == approximate).all()
+    said = capsys.readouterr().out
+    assert "first the cells" in said
+    assert "2000/2000" in said
+
+
 def test_without_faiss_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ModuleNotFoundError, match="run pip install faiss-cpu"):
