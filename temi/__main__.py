@@ -133,7 +133,10 @@ class Cluster(Summary, Training, create_model("Photos", **options(
         shown = images.keep(features.ids)
         table = temi.assignments(run, features)
         temi.write_assignments(table, out)
-        points = temi.map_points(run.inputs(features).numpy()) if self.map else None
+        points = None
+        if self.map:
+            print("laying out the map of all images (t-SNE; --no-map leaves it out)", flush=True)
+            points = temi.map_points(run.inputs(features).numpy())
         temi.write_gallery(
             out / "gallery.html", table, shown, title=readable_path(self.folder).name, points=points
         )

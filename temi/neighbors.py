@@ -293,8 +293,12 @@ def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:
     The largest first; computed for some queries at a time, as in :func:`nearest_neighbors`.
     """
     x, queries = F.normalize(x, dim=1), F.normalize(queries, dim=1)
-    chunks = queries.split(max(1, LARGEST // len(x)))
-    return torch.cat([(chunk @ x.T).topk(k).values for chunk in chunks])
+    found = []
+    with _progress(len(queries), delay=2) as bar:
+        for chunk in queries.split(max(1, LARGEST // len(x))):
+            found.append((chunk @ x.T).topk(k).values)
+            bar.update(len(chunk))
+    return torch.cat(found)
 
 
 def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np.ndarray]:
