@@ -122,7 +122,7 @@ def code_version(parts: tuple) -> str:
     """Hash of modules and functions without docstrings, comments, empty lines and mere checks.
 
     Those are an ``if`` that only raises and a call of ``check_...`` on its own: they decide whether
-    there is a row, not what stands in it.
+    there is a row, not what stands in it. As little does one of ``show_...``.
     """
     digest = hashlib.sha256()
     for part in parts:
@@ -142,12 +142,12 @@ def code_version(parts: tuple) -> str:
 
 
 def is_check(node: ast.AST) -> bool:
-    """Whether a statement can do nothing but raise."""
+    """Whether a statement can do nothing but raise, or show something."""
     match node:
         case ast.If(body=[ast.Raise()], orelse=[]):
             return True
         case ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))):
-            return name.startswith("check_")
+            return name.startswith(("check_", "show_"))
     return False
 
 

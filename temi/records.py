@@ -59,6 +59,7 @@ class Record:
         self._writer: Any = None
         self._saved = -SAVE_SECONDS  # when a checkpoint was last begun
         self._best: dict | None = None  # state of the best epoch, if that is newer
+        self._bar, self._per_epoch = tqdm(disable=True), 1
         self._lock = ExitStack()
         self._neighbors = resumed[1].get("neighbors") if resumed else None
         if self.folder is None:
@@ -127,8 +128,14 @@ class Record:
             self._writer = SummaryWriter(self.folder / LOGS)
         return self._writer
 
+    def show_steps(self, bar: tqdm, per_epoch: int) -> None:
+        """Let a bar over epochs move with every step that is logged from here on."""
+        self._bar, self._per_epoch = bar, per_epoch
+
     def log_step(self, number: int, losses: Tensor, gradient_norm: Tensor, rate: float) -> None:
         """Log a step (from 0) now and then."""
+        self._bar.n = round((number + 1) / self._per_epoch, 2)
+        self._bar.update(0)
         if self.folder is not None:
             for name, value in (
                 ("loss", losses.mean()), ("gradient norm", gradient_norm), ("learning rate", rate)
@@ -151,6 +158,7 @@ class Record:
         sizes : Tensor [H, K]
             Images in each cluster of each head.
         """
+        self._bar.n = content["epoch"]  # a whole number again
         if self.folder is None:
             return
         number, now, options = content["epoch"], time.monotonic(), self.options

@@ -170,6 +170,7 @@ def train(
     if not distributed.is_first():
         place = Place(None, None, None)  # which writes nothing
     with Record(place, settings, options, resumed) as record:
+        record.show_steps(bar, len(features) // int(config.batch_size))
         with Signals() as signals, bar:
             while training.epoch < config.epochs:
                 bar.update(training.epoch - bar.n)

@@ -204,7 +204,8 @@ def test_a_collapse_is_a_row(run, monkeypatch):
 def test_code_version_sees_code_and_no_words(tmp_path, monkeypatch):
     source = 'def f(x):\n    """Words."""\n    # more\n    return x + 1  # and more\n'
     check = (
-        "    if x < 0:\n        raise ValueError(\n            x\n        )\n    a.check_it(x)\n"
+        "    if x < 0:\n        raise ValueError(\n            x\n        )\n"
+        "    a.check_it(x)\n    a.show_it(x)\n"
     )
     branch = "    if x < 0:\n        raise ValueError\n    else:\n        x = 0\n"
     versions = {}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import make_blobs
+from tqdm import tqdm
 
 from temi.cache import embed
 from temi.config import TrainConfig
@@ -53,6 +54,21 @@ def test_same_seed_same_weights_other_seed_others(run):
 def test_features_and_arrays_are_the_same_thing(run):
     again = train(Features.from_array(BLOBS), SMALL, progress=False)
     np.testing.assert_array_equal(again.labels, run.labels)
+
+
+def test_the_bar_moves_within_an_epoch(monkeypatch, capsys):
+    """Of many images an epoch takes minutes."""
+
+    class Shown(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options | {"mininterval": 0})
+
+    monkeypatch.setattr("temi.training.tqdm", Shown)
+    train(BLOBS, dataclasses.replace(SMALL, epochs=2), log_every=3)  # of six steps an epoch
+    said = [line.split("|") for line in capsys.readouterr().out.strip().split("\r")]
+    shares = {bar[-1].split()[0]: bar[0] for bar in said}
+    assert list(shares) == ["0/2", "0.5/2", "1.0/2", "1.5/2", "2.0/2", "2/2"]
+    assert shares["1.5/2"] == "training:  75%"
 
 
 def test_prediction_repeats_the_training_labels(run):
