@@ -1,10 +1,10 @@
 """A whole training on a GPU, and where its time goes: the steps, what is before them, the rest.
 
 By ``temi.train`` with ``fast``, of random embeddings as wide as those of ViT-B/14, around as many
-centres as there are clusters, from the array in the host's memory on. Before the steps: checks of
-the array aside, its principal axes, the prepared rows, the search of neighbours. The rest is the
-CPU's: checks, and after each epoch the heads' alignment and vote. What is done once in a process
-was done by a small training before.
+centres as there are clusters, from the array in the host's memory on. ``neighbors`` is what comes
+before the steps: principal axes, prepared rows, the search. ``rest`` is the CPU's: checks of the
+array, and after each epoch the heads' alignment and vote. What is done once in a process was done
+by a small training before.
 
     python benchmarks/gpu_training.py
 

@@ -22,8 +22,10 @@ from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
 from temi.runs import Run
 
 BASELINES = ("none", "center-l2")  # what is done to the embeddings before k-means
-AFFORDABLE = 4 * 10**9  # images x clusters x dimensions. Of 25,000 x 100 x 1,280 both take 196 s
-NOTICED = 2 * 10**7  # on two cores (results/benchmarks/time_to_accuracy_tiny.json); of these, 2 s
+# Images x clusters x dimensions. Of 25,000 x 100 x 1,280 both take 196 s on two cores
+# (results/benchmarks/time_to_accuracy_tiny.json).
+AFFORDABLE = 4 * 10**9
+NOTICED = 2 * 10**7  # about a second
 
 
 def accuracies(run: Run, classes: np.ndarray) -> dict[str, float]:

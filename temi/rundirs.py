@@ -1,9 +1,9 @@
 """The run directory: what may be written where, and where a run grows.
 
 ``config.json`` stands from the start; ``final_results.json``, ``assignments.csv`` and the
-TensorBoard logs after every epoch, the checkpoints after the first and the last, those whose
-checkpoints stay, and others that end ten seconds after one was written; ``clusters.png`` at the
-end. Each file appears whole or not at all.
+TensorBoard logs after every epoch, the checkpoints after the first, the last, those that are to
+stay, and others ten seconds or more after one was written; ``clusters.png`` at the end. Each file
+appears whole or not at all.
 ``final_results.json`` says under ``finished`` whether the run is.
 
 A run grows in its directory. Where a finished run stands, its successor grows beside it, in the

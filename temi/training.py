@@ -78,7 +78,8 @@ def train(
         Where the run is kept: settings, scores, clusters, checkpoints, logs. A relative one starts
         at the current folder; nothing is written when None.
     progress : bool
-        Show a progress bar of the training. Trouble is said in any case.
+        Show a progress bar of the training. Trouble is said in any case, and what takes longer than
+        two seconds before and after the training (search, labels, scores) shows its progress.
     **options
         ``resume``, ``overwrite``, ``on_divergence``, ``checkpoint_every``, ``keep_checkpoints``,
         ``best_by``, ``log_every``, ``keep_rows``, ``cuda_graph``, ``baseline``: see
