@@ -44,6 +44,7 @@ from temi.trouble import (
 )
 
 RETRIES = 5
+LARGE = 10**8  # numbers of all embeddings, which some seconds are needed to prepare
 
 
 def train(
@@ -131,6 +132,7 @@ def train(
         distributed.check_divides(config.batch_size)
 
     clock = time.perf_counter()
+    show_preparation(features.x, progress)
     mean = mean_embedding(features.x, config.normalize)
     if resumed:
         axes = resumed[1]["axes"]  # another machine's may point the other way
@@ -214,6 +216,12 @@ def train(
         distributed.from_first(partial(record.finish, run, features, images))
     check_learned(run.head_losses, config)
     return run
+
+
+def show_preparation(x: np.ndarray, progress: bool) -> None:
+    """Say that mean, axes and rows of embeddings [N, D] come first, if they take long."""
+    if progress and distributed.is_first() and x.size >= LARGE:
+        tqdm.write(f"preparing {len(x)} rows of {x.shape[1]} numbers", file=sys.stdout)
 
 
 def _open(

@@ -71,6 +71,16 @@ def test_the_bar_moves_within_an_epoch(monkeypatch, capsys):
     assert shares["1.5/2"] == "training:  75%"
 
 
+def test_much_to_prepare_is_said(monkeypatch, capsys):
+    short = dataclasses.replace(SMALL, epochs=1)
+    cases = (1920, True, True), (1920, False, False), (1921, True, False)
+    for large, progress, expected in cases:
+        monkeypatch.setattr("temi.training.LARGE", large)
+        train(BLOBS, short, progress=progress)
+        said = capsys.readouterr().out.splitlines()
+        assert ("preparing 240 rows of 8 numbers" in said) == expected
+
+
 def test_prediction_repeats_the_training_labels(run):
     np.testing.assert_array_equal(run.predict(BLOBS), run.labels)
     np.testing.assert_array_equal(run.predict_heads(BLOBS), run.head_labels)
