@@ -336,7 +336,7 @@ class RunOptions:
     ] = "loss"
     log_every: _number(
         int,
-        "steps between two looks at a GPU: logs, search for non-finite steps",
+        "steps between two looks at a GPU: logs, progress, search for non-finite steps",
         "10 to 500",
         ge=1,
     ) = 50
