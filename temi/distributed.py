@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 PATIENCE = datetime.timedelta(hours=12)  # the others wait while rank 0 scores, say
 TEXTS = ("closed by peer", "reset by peer", "Broken pipe", "gloo", "NCCL")  # of what torch raises
@@ -243,6 +244,14 @@ def one_voice() -> Iterator[None]:
             context.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
         yield
+
+
+def image_bar(total: int, desc: str, *, shown: bool = True, **options) -> tqdm:
+    """A bar over images, shown by rank 0 alone once the work has taken two seconds."""
+    return tqdm(
+        total=total, desc=desc, unit="image", file=sys.stdout,
+        disable=not (shown and is_first()), **{"delay": 2} | options,
+    )  # fmt: skip
 
 
 def say(message: str) -> None:

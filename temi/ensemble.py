@@ -1,13 +1,11 @@
 """What the heads know together: align their clusters, then vote."""
 
-import sys
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from tqdm import tqdm
 
 from temi import distributed
 from temi.heads import MultiHead
@@ -166,10 +164,7 @@ def agreement_between_heads(aligned_labels: np.ndarray) -> np.ndarray:
 def head_logits(heads: MultiHead, x: Tensor | Rows) -> Iterator[Tensor]:
     """Logits [H, chunk, K] of embeddings [N, D], some rows at a time, on the heads' device."""
     rows = max(1, min(CHUNK, LOGITS // heads.gain.numel()))
-    with tqdm(
-        total=len(x), desc="asking the heads", unit="image", file=sys.stdout, delay=2,
-        disable=not distributed.is_first(),
-    ) as bar:  # fmt: skip
+    with distributed.image_bar(len(x), "asking the heads") as bar:
         for chunk in x.split(rows):
             with torch.inference_mode():  # left before the caller goes on, whose mode it would be
                 logits = heads(chunk.to(heads.gain.device))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from temi.backbones import Backbone, named_size
 from temi.blocks import Blocks, kept
@@ -29,7 +27,7 @@ from temi.devices import (
     resolve_device,
     uses_bf16,
 )
-from temi.distributed import count, from_first, is_first, on_this_machine, rank
+from temi.distributed import count, from_first, image_bar, on_this_machine, rank
 from temi.image_files import UnreadableImageError, needed_at
 
 BLANK = "its embedding is all zeros, which has no direction"
@@ -157,11 +155,8 @@ def extract(
     source = _Batches(images, backbone, blocks.batch_size, left)
     batches = _decoded(source, workers, device)
     done = sum(len(blocks.rows(block)) - len(blocks.left(block, known[block])) for block in share)
-    bar = tqdm(
-        total=done + sum(map(len, left)), initial=done, desc=f"embedding with {backbone.name}",
-        unit="image", file=sys.stdout, disable=not (config.progress and is_first()), delay=2,
-        mininterval=1,
-    )  # fmt: skip
+    total, name = done + sum(map(len, left)), f"embedding with {backbone.name}"
+    bar = image_bar(total, name, shown=config.progress, initial=done, mininterval=1)
     pending: dict[int, list[tuple[int, np.ndarray]]] = {}  # of each block
     saved = time.monotonic()
     try:

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import math
-import sys
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from temi import distributed
 
@@ -142,15 +140,15 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
     centers = faiss.IndexFlatIP(width)
     index = faiss.IndexIVFFlat(centers, width, max(1, cells), faiss.METRIC_INNER_PRODUCT)
     wanted = vectors[rows]
-    with _progress(len(wanted), disable=count <= EXACT_UP_TO) as bar:
+    shown = count > EXACT_UP_TO
+    with distributed.image_bar(len(wanted), "neighbours", shown=shown, delay=0) as bar:
         bar.set_postfix_str("first the cells")
         index.train(vectors)
         index.add(vectors)
         index.nprobe = PROBES
         bar.set_postfix_str("")
         found = []
-        for start in range(0, len(wanted), LOOKED_UP):
-            part = wanted[start : start + LOOKED_UP]
+        for part in np.split(wanted, range(LOOKED_UP, len(wanted), LOOKED_UP)):
             found.append(index.search(part, k + 1))
             bar.update(len(part))
     similarities, indices = map(torch.from_numpy, map(np.concatenate, zip(*found, strict=True)))
@@ -271,20 +269,13 @@ def _exact_in_parts(x: Tensor, k: int, rows: slice) -> tuple[Tensor, Tensor]:
     indices = torch.empty(count, k, dtype=torch.int64, device=x.device)
     similarities = torch.empty(count, k, dtype=torch.promote_types(x.dtype, torch.float32),
                                device=x.device)  # fmt: skip
-    with _progress(count, delay=2) as bar:
+    with distributed.image_bar(count, "neighbours") as bar:
         for start in range(0, count, part):
             own = slice(start, min(start + part, count))
             among_all = slice(rows.start + own.start, rows.start + own.stop)
             indices[own], similarities[own] = nearest_neighbors(x, k, rows=among_all)
             bar.update(own.stop - own.start)
     return indices, similarities
-
-
-def _progress(count: int, disable: bool = False, **options) -> tqdm:
-    """A bar over so many images, of one process of several."""
-    disable = disable or not distributed.is_first()
-    return tqdm(total=count, desc="neighbours", unit="image", file=sys.stdout, disable=disable,
-                **options)  # fmt: skip
 
 
 def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:
@@ -294,7 +285,7 @@ def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:
     """
     x, queries = F.normalize(x, dim=1), F.normalize(queries, dim=1)
     found = []
-    with _progress(len(queries), delay=2) as bar:
+    with distributed.image_bar(len(queries), "neighbours") as bar:
         for chunk in queries.split(max(1, LARGEST // len(x))):
             found.append((chunk @ x.T).topk(k).values)
             bar.update(len(chunk))

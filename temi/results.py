@@ -89,8 +89,9 @@ def final_results(
     classes = features.labels if finished else None
     config, device = run.config, run.teacher.gain.device
     size = config.num_clusters * features.x.size
-    affordable = baseline == "always" or (baseline == "auto" and size <= AFFORDABLE)
-    with_kmeans = classes is not None and affordable
+    with_kmeans = classes is not None and (
+        baseline == "always" or (baseline == "auto" and size <= AFFORDABLE)
+    )
     unknown = dict.fromkeys(SCORES)
     bar = tqdm(
         total=len(run.head_labels) + 1 + len(BASELINES) * with_kmeans, desc="scoring",
@@ -113,7 +114,7 @@ def final_results(
         ]
         scores = score(run.labels)
         of_kmeans = {how: score_kmeans(how) if with_kmeans else unknown for how in BASELINES}
-    if classes is not None and baseline == "auto" and not affordable:
+    if classes is not None and baseline == "auto" and not with_kmeans:
         count, dim = features.x.shape
         tqdm.write(
             f"k-means, to compare with, is left out: {count} images x {config.num_clusters} "

@@ -3,8 +3,7 @@
 ``config.json`` stands from the start; ``final_results.json``, ``assignments.csv`` and the
 TensorBoard logs after every epoch, the checkpoints after the first, the last, those that are to
 stay, and others ten seconds or more after one was written; ``clusters.png`` at the end. Each file
-appears whole or not at all.
-``final_results.json`` says under ``finished`` whether the run is.
+appears whole or not at all. ``final_results.json`` says under ``finished`` whether the run is.
 
 A run grows in its directory. Where a finished run stands, its successor grows beside it, in the
 hidden directory ``.NAME.part``, and takes its place when finished. An unfinished run goes on with

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from temi import ensemble
+from temi import distributed, ensemble
 from temi.ensemble import (
     agreement_between_heads,
     align_heads,
@@ -137,10 +137,10 @@ def test_chunks_of_logits_stay_small(limit, rows, monkeypatch):
 
 
 def test_asking_the_heads_for_long_shows_progress(monkeypatch, capsys):
-    heads, x, shown = MultiHead(8, K, 3, 16, 4), torch.randn(25, 8), ensemble.tqdm
+    heads, x, shown = MultiHead(8, K, 3, 16, 4), torch.randn(25, 8), distributed.tqdm
     ensemble.head_labels(heads, x)
     assert capsys.readouterr().out == ""  # it takes no two seconds
-    monkeypatch.setattr(ensemble, "tqdm", lambda **options: shown(**options | {"delay": 0}))
+    monkeypatch.setattr(distributed, "tqdm", lambda **options: shown(**options | {"delay": 0}))
     ensemble.head_labels(heads, x)
     assert "asking the heads: 100%" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 import temi
-from temi import neighbors
+from temi import distributed, neighbors
 from temi.neighbors import (
     approximate_neighbors,
     check_neighbors,
@@ -105,10 +105,10 @@ def test_many_rows_are_searched_approximately_where_faiss_is_there(blobs, monkey
 
 
 def test_a_long_search_shows_its_progress_and_finds_the_same(blobs, monkeypatch, capsys):
-    x, shown, at_once = blobs[:2000].float(), neighbors.tqdm, {"delay": 0, "mininterval": 0}
+    x, shown, at_once = blobs[:2000].float(), distributed.tqdm, {"delay": 0, "mininterval": 0}
     indices, similarities = nearest_neighbors(x, 3, chunk_size=20)
     monkeypatch.setattr(neighbors, "LARGEST", 20 * 2000)  # parts of ten such chunks
-    monkeypatch.setattr(neighbors, "tqdm", lambda **options: shown(**options | at_once))
+    monkeypatch.setattr(distributed, "tqdm", lambda **options: shown(**options | at_once))
     found, values = search_neighbors(x, 3)
     assert torch.equal(found, indices)
     assert torch.equal(values, similarities)
@@ -145,6 +145,7 @@ def test_given_neighbours_may_lie_in_any_order_in_memory():
 def test_some_rows_of_the_approximate_neighbors(blobs):
     whole = approximate_neighbors(blobs, 5)[0]
     assert torch.equal(approximate_neighbors(blobs, 5, slice(1000, 2000))[0], whole[1000:2000])
+    assert approximate_neighbors(blobs, 5, slice(5000, 5000))[0].shape == (0, 5)  # as a rank's may
     for k in (0, 5000):
         with pytest.raises(ValueError, match=f"num_neighbors={k}: 1 to 4999 is allowed"):
             approximate_neighbors(blobs, k)

@@ -17,7 +17,7 @@ from PIL import Image
 from test_extraction import Tiny, embedded_whole, options, prepare, stored, tiny
 
 import temi
-from temi import cache, extraction
+from temi import cache, distributed
 from temi.__main__ import main
 from temi.blocks import Blocks
 from temi.files import wait_until
@@ -353,12 +353,12 @@ def test_a_progress_bar_counts_the_images_of_the_share(folder, tmp_path, use, mo
     images = temi.load_images(str(folder))
     bars = []
 
-    class Bar(extraction.tqdm):
+    class Bar(distributed.tqdm):
         def __init__(self, **given):
             bars.append((given["initial"], given["total"]))
             super().__init__(**given)
 
-    monkeypatch.setattr(extraction, "tqdm", Bar)
+    monkeypatch.setattr(distributed, "tqdm", Bar)
     temi.embed_shard(images, "tiny", shard="1/2", **options(tmp_path))
     temi.embed(images, "tiny", **options(tmp_path))
     assert bars == [(0, 32), (32, 60)]
