@@ -108,14 +108,13 @@ def plan_run(
     if resolved.batch_size != config.batch_size:  # cut to all images, some of them unreadable maybe
         del settings["batch_size"]
         resolved = replace(resolved, batch_size=config.batch_size)
-    find_place(run_dir, settings, job)
-    if stage(run_dir) == "finished" and not (job.resume or job.overwrite):
+    place = find_place(run_dir, settings, job)
+    if isinstance(data, Features):
+        check_origin(place, job, data.manifest, None)
+    elif stage(run_dir) == "finished" and not (job.resume or job.overwrite):
         made_from = read_json(run_dir / RESULTS)["provenance"]["features"]
-        if isinstance(data, ImageSet):
-            before = made_from.get("job", job.source)  # nothing is known of what Python embedded
-            now = dict.fromkeys(before) | job.source
-        else:
-            before, now = ({"sha256": each.get("sha256")} for each in (made_from, data.manifest))
+        before = made_from.get("job", job.source)  # nothing is known of what Python embedded
+        now = dict.fromkeys(before) | job.source
         holds = f"run_dir={str(run_dir)!r}: holds a run with"
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
     check_writable("run_dir", run_dir.parent)
@@ -194,6 +193,26 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
         before = read_json(run_dir / SETTINGS)
         _refuse(differences(before, settings), f"{holds} a run with")
     return Place(run_dir, folder, resume)
+
+
+def check_origin(place: Place, options: RunOptions, manifest: dict, neighbors: str | None) -> None:
+    """Raise a ValueError if a finished run of other data would be replaced unasked.
+
+    Data are the checksums of the embeddings, in their manifest, and of neighbours that are given.
+    """
+    run_dir, asked = place.run_dir, options.overwrite or options.resume == "auto"
+    if run_dir is None or asked or stage(run_dir) != "finished":
+        return
+    if place.source is not None and run_dir in place.source.parents:
+        return  # goes on from one of its own checkpoints, which is held against the data
+    kept = read_json(run_dir / RESULTS)["provenance"]
+
+    def checksums(manifest: dict) -> list[str | None]:
+        return [space.get("sha256") for space in manifest.get("spaces", [manifest])]
+
+    found = ["other embeddings"] * (checksums(kept["features"]) != checksums(manifest))
+    found += ["other neighbours"] * (kept.get("neighbors") != neighbors)
+    _refuse(found, f"run_dir={str(run_dir)!r}: holds a run with")
 
 
 def part_of(run_dir: Path) -> Path:

@@ -30,7 +30,7 @@ from temi.neighbors import check_neighbors, mutual_neighbors, search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
 from temi.rows import Rows, choose_place, prepared_rows, rows_per_block
-from temi.rundirs import Place, check_resumable, find_place
+from temi.rundirs import Place, check_origin, check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
 from temi.steps import draw_pairs, teacher_temp_at
@@ -97,7 +97,8 @@ def train(
         clusters, neighbours or batch do not fit their number, if several processes cannot share the
         batch equally, if ``run_dir`` holds something that would be lost or another process trains
         there, or if ``resume`` names no whole checkpoint of the same data and settings. More epochs
-        are no other setting, where the schedule is constant.
+        are no other setting, where the schedule is constant. What would be lost is an unfinished
+        run, and a finished one of other settings, embeddings or given neighbours.
     temi.trouble.DivergenceError
         A FloatingPointError: a loss or gradient is not finite, or clusters have collapsed, and
         ``on_divergence`` is "stop" or five retries did not help.
@@ -106,8 +107,8 @@ def train(
     MemoryError
         If a step does not fit into memory; says which batch would.
     KeyboardInterrupt
-        After Ctrl-C, between two steps. As after every exception, and SIGTERM, the state after the
-        last complete step is in ``checkpoint_emergency.pth``.
+        After Ctrl-C, between two steps. As after every exception in a step, and SIGTERM, the state
+        after the last complete step is in ``checkpoint_emergency.pth``.
     """
     options = RunOptions(**options)
     if not isinstance(features, Features):
@@ -125,6 +126,7 @@ def train(
     settings = run_settings(features.dataset, features.backbone, config)
     fingerprint = checksum(features.x)
     place, resumed = distributed.from_first(partial(_open, run_dir, settings, options))
+    check_replaced(place, options, features.manifest, given)
     if resumed:
         check_resumable(resumed[1], settings, fingerprint, given)
         config = dataclasses.replace(config, batch_size=resumed[1]["config"]["batch_size"])
@@ -230,6 +232,13 @@ def _open(
     """Where a run may grow, and the checkpoint that it goes on from."""
     place = find_place(run_dir, settings, options)
     return place, place.load()
+
+
+def check_replaced(
+    place: Place, options: RunOptions, manifest: dict, neighbors: str | None
+) -> None:
+    """:func:`temi.rundirs.check_origin`, by the first rank for all."""
+    distributed.from_first(partial(check_origin, place, options, manifest, neighbors))
 
 
 def run_epoch(

@@ -198,6 +198,28 @@ def test_a_finished_run_of_other_sources_is_not_replaced_unasked(images, tmp_pat
         plan_run(job, QUICK, images)
 
 
+def test_a_finished_run_of_other_data_is_not_replaced_unasked(tmp_path):
+    x = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
+    x += np.random.default_rng(0).normal(0, 0.1, x.shape)
+    near = (np.arange(60)[:, None] + [1, 2, 3, 4, 5]) % 60
+    config = dataclasses.replace(QUICK, num_clusters=3, epochs=10)
+    for other, what in ((x + 1, "embeddings"), (x, "neighbours")):
+        given = {"neighbors": near} if what == "neighbours" else {}
+        run = train(x, config, run_dir=tmp_path, progress=False, overwrite=True)
+        with pytest.raises(ValueError, match=f"holds a run with other {what}; give overwrite"):
+            train(other, config, run_dir=tmp_path, progress=False, **given)
+        assert (load_run(tmp_path).labels == run.labels).all()
+        train(other, config, run_dir=tmp_path, progress=False, overwrite=True, **given)
+        train(other, config, run_dir=tmp_path, progress=False, **given)  # the same once more
+    np.save(tmp_path.with_suffix(".npy"), x)
+    job = JobConfig(dataset=str(tmp_path.with_suffix(".npy")), run_dir=str(tmp_path))
+    train(job.load(), config, run_dir=tmp_path, progress=False, overwrite=True)
+    plan_run(job, config, job.load())
+    np.save(job.dataset, x + 1)
+    with pytest.raises(ValueError, match="holds a run with other embeddings"):
+        plan_run(job, config, job.load())
+
+
 def test_a_run_that_cannot_be_kept_is_refused_before_any_work(images, tmp_path):
     (tmp_path / "file").touch()
     job = JobConfig(run_dir=str(tmp_path / "file" / "run"), data_dir=str(tmp_path))
