@@ -115,12 +115,14 @@ class Blocks:
         """Put rows on disk, and after that the log that says so.
 
         ``parts`` are pairs of a place among the block's embeddings and what stands from there on:
-        written twice, they are the same. Nothing is written once somebody has joined the blocks.
+        written twice, they are the same. A process that knew nothing of this one may be further:
+        its log stays. Nothing is written once somebody has joined the blocks.
         """
         try:
             if parts:
                 self._write(block, parts)
-            write_json(self._file(block, "json"), log)
+            if len(self.left(block, log)) <= len(self.left(block, self.log(block))):
+                write_json(self._file(block, "json"), log, shared=True)
         except FileNotFoundError:
             if not self.gone:
                 raise

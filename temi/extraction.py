@@ -202,6 +202,9 @@ def _save(blocks: Blocks, logs: dict[int, dict], pending: dict[int, list]) -> No
         blocks.save(block, logs[block], parts)
 
 
+Decoded = tuple[int, Tensor, list[int], dict[int, str]]  # start, pixels, rows, unreadable
+
+
 class _Batches(Dataset):
     """Batches of decoded images of some rows; an item is one batch, made in a worker process."""
 
@@ -214,8 +217,13 @@ class _Batches(Dataset):
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor, list[int], dict[int, str]]:
-        start = self.starts[index]
+    def __getitem__(self, index: int) -> Decoded | Exception:
+        try:
+            return self._decode(self.starts[index])
+        except (ValueError, OSError, MemoryError) as error:
+            return error  # raised by _decoded: here a worker process would add its traceback
+
+    def _decode(self, start: int) -> Decoded:
         pictures, rows, unreadable = [], [], {}
         for row in range(start, min(start + self.batch_size, len(self.ids))):
             try:
@@ -248,7 +256,7 @@ def default_batch_size(backbone: Backbone, device: torch.device, precision: str)
     return min(64, max(1, CPU_PASS_PIXELS[precision] // (height * width)))
 
 
-def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Iterator[tuple]:
+def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Iterator[Decoded]:
     """All batches of ``source`` in order, decoded by so many processes.
 
     If that is None, the first two batches are decoded here. The second, for the first is slow for
@@ -259,7 +267,7 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
         clock = time.perf_counter()
-        batch = source[index]
+        batch = _or_raise(source[index])
         decoding = time.perf_counter() - clock
         yield batch
         waiting = time.perf_counter() - clock - decoding
@@ -267,13 +275,20 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
         slow = SLOW_ON_CPU if device.type == "cpu" else SLOW_BESIDE_GPU
         workers = 0 if decoding < slow * waiting else min(8, max(1, cores))
     if tried < len(source):
-        yield from DataLoader(
+        for batch in DataLoader(
             Subset(source, range(tried, len(source))),
             batch_size=None,
             num_workers=min(workers or 0, len(source) - tried),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # leaves torch's global one alone
-        )
+        ):
+            yield _or_raise(batch)
+
+
+def _or_raise(batch: Decoded | Exception) -> Decoded:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def _forward(

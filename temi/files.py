@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -67,8 +68,15 @@ def path_part(name: str) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, *, shared: bool = False) -> Iterator[IO[bytes]]:
     """A file to write bytes to, beside ``path``, that takes its place once flushed and closed.
+
+    Parameters
+    ----------
+    path : Path
+    shared : bool
+        Whether others may write it at the same time: each then has a file of its own beside it,
+        which a kill leaves there; else the next to write replaces that.
 
     Raises
     ------
@@ -76,7 +84,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         If it cannot be written (a full disk, say): what stood at ``path`` is as it was.
     """
     try:
-        with atomic_save(os.fspath(path), overwrite_part=True) as file:  # boltons 24 takes text
+        part = f"{path.name}.{secrets.token_hex(4)}.part" if shared else None
+        with atomic_save(os.fspath(path), part_file=part, overwrite_part=True) as file:
             yield file
     except (OSError, RuntimeError) as error:
         # torch.save says RuntimeError over the OSError of a full disk
@@ -90,15 +99,15 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, shared: bool = False) -> None:
     """Write a text file, in UTF-8, whole or not at all; see :func:`whole_file`."""
-    with whole_file(path) as file:
+    with whole_file(path, shared=shared) as file:
         file.write(text.encode())
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, shared: bool = False) -> None:
     """Write JSON, whole or not at all; NaN and infinity, which JSON has not, are an error."""
-    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n", shared=shared)
 
 
 def read_json(path: Path) -> Any:

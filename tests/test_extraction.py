@@ -177,6 +177,15 @@ def test_a_batch_that_does_not_fit_is_halved(folder, tmp_path, use):
         embed(load_images(str(folder)), "tiny", **options(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_stops_a_worker_process_is_said_in_one_line(workers, tmp_path):
+    for side in (4, 4, 4, 5):
+        Image.new("RGB", (side, side), "red").save(tmp_path / f"{len(os.listdir(tmp_path))}.png")
+    given = options(tmp_path / "out") | {"num_workers": workers, "batch_size": 2}
+    with pytest.raises(ValueError, match=r"^image '3\.png' is 5 x 5 x 3 where those.*one size$"):
+        embed(load_images(tmp_path), "pixels", **given)
+
+
 def test_values_beyond_half_precision_are_named(folder, tmp_path, use):
     backbone = use(tiny())
     backbone.model.weight.data *= 1e6

@@ -1,11 +1,21 @@
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from temi import files
-from temi.files import home, path_part, sha256, whole_file, writable_path, write_json, write_whole
+from temi.files import (
+    home,
+    path_part,
+    read_json,
+    sha256,
+    whole_file,
+    writable_path,
+    write_json,
+    write_whole,
+)
 
 
 def test_plain_names_stay():
@@ -37,6 +47,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(file, {"a": math.nan})
     assert json.loads(file.read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_several_may_write_a_shared_file(tmp_path):
+    def write(number):
+        write_json(tmp_path / "x.json", [number] * 1000, shared=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    assert len(set(read_json(tmp_path / "x.json"))) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 

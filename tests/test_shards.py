@@ -342,6 +342,15 @@ def test_blocks_cover_all_rows_on_the_grid_of_the_batches(num_rows, batch_size):
     assert len(spans[0]) < 65_536 + batch_size
 
 
+def test_the_log_of_a_process_that_is_further_stays(tmp_path):
+    blocks = Blocks.find(tmp_path, {}, 5120, "float16", 10, lambda: 10)
+    log = {"unreadable": {}, "forward_sizes": [[0, 10]], "shape": [2, 2], "dim": 3}
+    x = np.arange(60, dtype=np.float16).reshape(20, 3)
+    for rows in (20, 10):
+        blocks.save(0, log | {"rows": rows}, [(0, x[:rows])])
+        assert blocks.log(0)["rows"] == len(blocks.rows(0)) == 20
+
+
 def test_what_a_network_shows_late_is_waited_for():
     answers = iter([False, True])
     assert wait_until(lambda: next(answers))
