@@ -103,11 +103,11 @@ class Cluster(Summary, Training, create_model("Photos", **options(
                 f"out={self.out!r}: lies among the images, and would be taken for some of them; "
                 "give --out a folder elsewhere"
             )
+        job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
+        config = _settings(self, TrainConfig)
         distributed.from_first(partial(check_writable, "out", out))
         if self.sort:
             check_replaceable(out / "sorted")
-        job = _settings(self, JobConfig, dataset=self.folder, run_dir=str(out / "run"))
-        config = _settings(self, TrainConfig)
         images = distributed.first_ahead(job.load)
         if self.sort:
             check_sortable(images, self.sort)
@@ -174,13 +174,14 @@ class Predict(Summary):
                 f"out={self.out!r}: holds a run and the tables of its own images; give --out "
                 "another folder"
             )
-        check_writable("out", out)
         trained = temi.load_run(run)
-        images = temi.load_images(self.folder, split=self.split, data_dir=self.data_dir)
+        distributed.from_first(partial(check_writable, "out", out))
+        load = partial(temi.load_images, self.folder, split=self.split, data_dir=self.data_dir)
+        images = distributed.first_ahead(load)
         table = trained.predict(
             images, weights=self.weights, data_dir=self.data_dir, device=self.device
         )
-        temi.write_assignments(table, out)
+        distributed.from_first(partial(temi.write_assignments, table, out))
         outliers = table["outlier"].sum() if table["outlier"].notna().all() else None
         return {
             "images": len(table),

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 import temi
+from temi import distributed
 from temi.__main__ import _in_words, main
 from temi.config import TrainConfig
+from temi.files import check_writable
 
 DIGITS = temi.load_images("digits")
 QUICK = ["--num-heads", "2", "--epochs", "2", "--backbone", "pixels"]
@@ -54,7 +56,7 @@ def test_help_names_every_setting_with_its_meaning(capsys):
         assert re.search(rf"{command}  +\w+", text)
 
 
-def test_cluster_then_predict(photos, tmp_path, capsys):
+def test_cluster_then_predict(photos, tmp_path, capsys, monkeypatch):
     arguments = ["cluster", str(photos), "--num-clusters", "10", "--out", "out", *QUICK]
     assert main([*arguments, "--sort", "copy"]) == 0
     printed = capsys.readouterr().out
@@ -67,7 +69,10 @@ def test_cluster_then_predict(photos, tmp_path, capsys):
     np.testing.assert_array_equal(table["cluster"], run.labels)
     assert len(list((out / "sorted").rglob("*.png"))) == 200
 
+    first, alone = distributed.from_first, []  # what rank 0 does for all
+    monkeypatch.setattr(distributed, "from_first", lambda make: alone.append(make) or first(make))
     assert main(["predict", "out", str(photos), "--out", "later", "--json-summary"]) == 0
+    assert {check_writable, temi.write_assignments} <= {getattr(make, "func", 0) for make in alone}
     summary = json.loads(capsys.readouterr().out)  # nothing else on standard output
     assert summary["images"] == 200
     assert sum(summary["sizes"].values()) == 200
@@ -215,7 +220,7 @@ def test_the_same_command_on_the_same_embeddings_goes_through_twice(tmp_path, ca
     capsys.readouterr()
     np.save(tmp_path / "x.npy", 2 * x)
     assert main(command) == 1
-    assert re.search(r"holds a run with sha256='\w+' \(now '\w+'\)", capsys.readouterr().err)
+    assert "holds a run with other embeddings; give overwrite" in capsys.readouterr().err
 
 
 def test_a_folder_is_one_data_set_wherever_it_is_named_from(photos, tmp_path, monkeypatch, capsys):
@@ -230,6 +235,13 @@ def test_a_folder_is_one_data_set_wherever_it_is_named_from(photos, tmp_path, mo
     assert len(list((tmp_path / "data" / "embeddings").iterdir())) == 1
     assert main([*command, ".", "--out", str(tmp_path / "out")]) == 0
     assert '"title":"my photos"' in (tmp_path / "out" / "gallery.html").read_text()
+
+
+def test_what_is_refused_leaves_no_folder(photos, tmp_path, capsys):
+    assert main(["predict", "nowhere", str(photos), "--out", "later"]) == 1
+    assert main(["cluster", str(photos), "--num-clusters", "1", "--out", "later"]) == 1
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert not (tmp_path / "later").exists()
 
 
 def test_links_to_what_is_no_file_are_refused_before_any_work(tmp_path, capsys):
