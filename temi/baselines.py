@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from temi.embeddings import normalize
+from temi.embeddings import check_embeddings, normalize
 
 
 def kmeans(x: np.ndarray, num_clusters: int, how: str = "center-l2", seed: int = 0) -> np.ndarray:
@@ -25,9 +25,11 @@ def kmeans(x: np.ndarray, num_clusters: int, how: str = "center-l2", seed: int =
     Raises
     ------
     ValueError
-        If there is no such ``how``, or scikit-learn refuses the number of clusters or the rows.
+        If ``x`` is not finite rows [N, D] with a direction, there is no such ``how``, or
+        scikit-learn refuses the number of clusters.
     """
     from sklearn.cluster import KMeans
 
+    check_embeddings(x)
     model = KMeans(num_clusters, n_init=10, random_state=seed)
     return model.fit_predict(normalize(x, how))

@@ -140,7 +140,7 @@ def check_embeddings(x: np.ndarray) -> None:
 
     The message names the first row that is wrong.
     """
-    if not isinstance(x, np.ndarray):
+    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray | np.matrix):
         raise ValueError(
             f"embeddings of type {type(x).__name__}: a NumPy array [N, D] is needed, as "
             "numpy.asarray makes of tables and tensors"

@@ -360,7 +360,8 @@ def cluster_statistics(labels: np.ndarray, num_clusters: int) -> dict:
     -------
     dict
         ``sizes``, images in each cluster; ``empty_clusters``, how many have none; ``entropy`` of
-        the sizes in nats, log K where all are equal; ``balance``, that entropy over log K.
+        the sizes in nats, log K where all are equal; ``balance``, that entropy over log K, 1 where
+        K is 1.
 
     Raises
     ------
@@ -374,5 +375,5 @@ def cluster_statistics(labels: np.ndarray, num_clusters: int) -> dict:
         "sizes": sizes.tolist(),
         "empty_clusters": int((sizes == 0).sum()),
         "entropy": float(entropy(sizes)),
-        "balance": float(entropy(sizes, base=num_clusters)),
+        "balance": float(entropy(sizes, base=num_clusters)) if num_clusters > 1 else 1.0,
     }

@@ -22,6 +22,12 @@ PARTS = 20  # of an exact search, at most, between which its progress is shown
 LOOKED_UP = 2**14  # rows of an approximate one
 
 
+def check_tensor(x: Tensor) -> None:
+    """Raise a ValueError that names the remedy if ``x`` is no Tensor."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x of type {type(x).__name__}: torch.from_numpy(x) is needed")
+
+
 def nearest_neighbors(
     x: Tensor, k: int, chunk_size: int | None = None, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
@@ -62,8 +68,7 @@ def nearest_neighbors(
     group can hold one, as each of these k holds something larger. Groups of sqrt(N / k) columns
     make the two choices together the smallest.
     """
-    if not isinstance(x, Tensor):
-        raise ValueError(f"x of type {type(x).__name__}: torch.from_numpy(x) is needed")
+    check_tensor(x)
     count = len(x)
     if not 1 <= k < count:
         raise ValueError(f"num_neighbors={k}: 1 to {count - 1} is allowed with {count} rows")
@@ -131,6 +136,7 @@ def approximate_neighbors(x: Tensor, k: int, rows: slice = slice(None)) -> tuple
         remedy = "approximate neighbours need faiss; run pip install faiss-cpu"
         raise ModuleNotFoundError(remedy, name="faiss") from error
 
+    check_tensor(x)
     count = len(x)
     if not 1 <= k < count:
         raise ValueError(f"num_neighbors={k}: 1 to {count - 1} is allowed with {count} rows")
@@ -317,8 +323,9 @@ def near_duplicates(x: Tensor, similarity: float = 0.97, k: int = 10) -> list[np
     Raises
     ------
     ValueError
-        If no cosine can be ``similarity``.
+        If ``x`` is no Tensor, or no cosine can be ``similarity``.
     """
+    check_tensor(x)
     if not -1 <= similarity <= 1:
         raise ValueError(f"similarity={similarity!r}: a cosine, -1 to 1, is allowed")
     count = len(x)

@@ -194,6 +194,7 @@ def auto_batch(config: TrainConfig, x: Tensor | Rows) -> int:
 
 def what_fits(config: TrainConfig, x: Tensor | Rows) -> str:
     """What is said when a step did not fit into memory."""
-    batch = fitting_batch(config, x, int(config.batch_size) // 2)
+    parts = distributed.count()
+    batch = parts * fitting_batch(config, x, int(config.batch_size) // parts // 2)
     remedy = f"{batch} fits now (batch_size='auto' finds it)" if batch else "nor does any other"
     return f"batch_size={config.batch_size}: a step does not fit in memory on {x.device}; {remedy}"

@@ -3,6 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
+import temi
 from temi.embeddings import Features, check_embeddings, load_features, mean_embedding, normalize
 
 
@@ -66,6 +67,13 @@ def test_embeddings_as_large_and_as_small_as_allowed_keep_their_direction(size):
 def test_own_arrays(dtype):
     features = Features.from_array(rows(dtype=dtype))
     assert (features.dataset, features.backbone, len(features)) == ("array", "own", 5)
+
+
+@pytest.mark.parametrize("kind", [np.ma.masked_array, pd.DataFrame])
+def test_what_only_looks_like_an_array(kind):
+    for use in (Features.from_array, lambda x: temi.kmeans(x, 2)):
+        with pytest.raises(ValueError, match=f"of type {kind(rows()).__class__.__name__}: a NumPy"):
+            use(kind(rows()))
 
 
 def test_normalize():

@@ -127,6 +127,7 @@ def test_statistics():
     assert statistics["entropy"] == pytest.approx(np.log(2))
     assert statistics["balance"] == pytest.approx(0.5)
     assert cluster_statistics(np.zeros(3, int), 2)["balance"] == 0
+    assert cluster_statistics(np.zeros(3, int), 1)["balance"] == 1
 
 
 def test_purity_is_the_best_over_all_mappings_of_clusters_to_classes():

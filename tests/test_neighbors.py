@@ -132,9 +132,10 @@ def test_without_faiss_it_is_said_what_to_install(monkeypatch):
         approximate_neighbors(torch.eye(10), 2)
 
 
-def test_rows_are_a_tensor():
+@pytest.mark.parametrize("search", [nearest_neighbors, approximate_neighbors, temi.near_duplicates])
+def test_rows_are_a_tensor(search):
     with pytest.raises(ValueError, match=r"x of type ndarray: torch\.from_numpy"):
-        nearest_neighbors(np.eye(10), 2)
+        search(np.eye(10), 2)
 
 
 def test_given_neighbours_may_lie_in_any_order_in_memory():

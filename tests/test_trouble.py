@@ -11,7 +11,7 @@ import torch
 from sklearn.datasets import make_blobs
 
 import temi.training
-from temi import checkpoints
+from temi import checkpoints, distributed
 from temi.checkpoints import EMERGENCY, LATEST
 from temi.config import TrainConfig
 from temi.heads import MultiHead
@@ -19,7 +19,14 @@ from temi.losses import temi_loss
 from temi.metrics import cluster_accuracy
 from temi.steps import TrainState, training_step
 from temi.training import train
-from temi.trouble import DivergenceError, Signals, auto_batch, check_learned, collapsed_heads
+from temi.trouble import (
+    DivergenceError,
+    Signals,
+    auto_batch,
+    check_learned,
+    collapsed_heads,
+    what_fits,
+)
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
 PAIRS = dict(group_size=2, num_neighbors=5, batch_size=40, learning_rate=2e-3, warmup_epochs=2)
@@ -252,6 +259,10 @@ def test_out_of_memory_says_what_fits(monkeypatch, tmp_path):
         "batch_size=40: a step does not fit in memory on cpu; 20 fits now "
         "(batch_size='auto' finds it)"
     )
+    with monkeypatch.context() as patch:  # two processes, each with half of the batch
+        patch.setattr(distributed, "count", lambda: 2)
+        patch.setattr("temi.trouble.fitting_batch", lambda config, x, batch: min(batch, 12))
+        assert "; 20 fits now" in what_fits(SMALL, torch.zeros(90, 8))
     automatic = dataclasses.replace(SMALL, batch_size="auto", epochs=1)
     run = train(BLOBS, automatic, run_dir=tmp_path / "auto", progress=False)
     assert run.config.batch_size == 16  # the recipe's 128, halved
