@@ -53,7 +53,8 @@ class RecordedStep:
 
     def _record(self) -> None:
         self.graph, marginal = torch.cuda.CUDAGraph(), self.state.marginal
-        with torch.cuda.graph(self.graph):
+        # "thread_local": another thread may be bringing a checkpoint to the CPU
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.losses = self._step()
             marginal.copy_(self.state.marginal)
         self.state.marginal, self.finite = marginal, self.state.finite
