@@ -12,7 +12,7 @@ NOTEBOOKS := $(wildcard notebooks/[0-9][0-9]_*.ipynb)
 .DELETE_ON_ERROR:
 
 train: .venv/ready  ## cluster the digits; after an interrupt: make train ARGS="-p resume auto"
-	$(BIN)/papermill notebooks/05_train.ipynb train.part.ipynb $(ARGS)
+	$(BIN)/papermill notebooks/05_train.ipynb train.part.ipynb -p run_dir $(RUN) $(ARGS)
 	mv train.part.ipynb $(RUN)/train.ipynb
 	@$(BIN)/python -c "import temi; print(temi.summary('$(RUN)'))"
 
