@@ -319,8 +319,8 @@ class RunOptions:
     on_divergence: Annotated[
         Literal["stop", "retry"],
         Field(
-            description="after a non-finite step or a collapse: stop, or go back to the last good "
-            "state at a tenth of the learning rate, up to five times"
+            description="after a non-finite step or a collapse: stop, or go back (to the last good "
+            "state, or to the start) at a tenth of the learning rate, up to five times"
         ),
     ] = "stop"
     checkpoint_every: _number(int, "epochs between two checkpoints that stay", "5 to 50", ge=1) = 10

@@ -106,8 +106,8 @@ def sweeps(runs: pd.DataFrame, score: str = "acc", columns: int = 3) -> Figure:
     """
     trained, base = runs[runs["method"] == "temi"], runs[runs["value"] == "fast"]
     defaults = json.loads(base["settings"].iloc[0]) | {"recipe": "fast"}
-    others = runs[(runs["method"] != "temi") & (runs["value"] == str(defaults["num_clusters"]))]
-    kmeans = others.groupby("method")[score].mean().max()
+    kmeans = runs[runs["method"] != "temi"].groupby(["value", "method"])[score].mean()
+    kmeans = kmeans.groupby("value").max()  # the better one of each number of clusters
     settings = [name for name in trained["setting"].unique() if name != "backbone"]
     lines = -(-len(settings) // columns)
     figure, axes = plt.subplots(
@@ -122,8 +122,8 @@ def sweeps(runs: pd.DataFrame, score: str = "acc", columns: int = 3) -> Figure:
         axis.plot(rows[score].groupby(places).mean(), color=COLORS["ensemble"], lw=1.5)
         axis.plot(places, rows[score], "o", color=COLORS["ensemble"], ms=4, alpha=0.6)
         axis.plot(own, base[score].mean(), "o", ms=12, mfc="none", color=COLORS["best_head"])
-        if name != "num_clusters":
-            axis.axhline(kmeans, ls=":", color=COLORS["kmeans"])
+        clusters = order if name == "num_clusters" else [str(defaults["num_clusters"])] * len(order)
+        axis.plot(kmeans.reindex(clusters).to_numpy(), ls=":", color=COLORS["kmeans"])
         axis.set(title=name, xticks=range(len(order)), xticklabels=order)
         axis.tick_params(axis="x", labelsize="small")
     for axis in axes.flat[len(settings) :]:

@@ -245,7 +245,7 @@ def test_a_sweep_is_drawn_with_the_recipe_in_its_place():
     means, _, ring, kmeans = beta.lines
     assert means.get_ydata().tolist() == [0.5, 0.9, 0.7]
     assert (ring.get_xdata().item(), ring.get_ydata().item()) == (1, 0.9)
-    assert kmeans.get_ydata()[0] == 0.8
+    assert kmeans.get_ydata().tolist() == [0.8, 0.8, 0.8]
 
 
 def test_scores_of_the_digits_that_are_there_stay(tmp_path, monkeypatch, capsys):
@@ -273,11 +273,13 @@ def test_values_of_a_sweep_are_in_order_and_backbones_left_out():
     rows = [("temi", "recipe", "fast", 0.9, 0), ("temi", "recipe", "fast", 0.7, 1),
             ("temi", "num_clusters", "5", 0.4, 0), ("temi", "num_clusters", "5", 0.2, 1),
             ("temi", "num_clusters", "100", 0.5, 0), ("temi", "backbone", "pixels", 0.3, 0),
-            ("kmeans", "num_clusters", "10", 0.8, 0)]  # fmt: skip
+            ("kmeans", "num_clusters", "10", 0.8, 0), ("kmeans", "num_clusters", "10", 0.6, 1),
+            ("kmeans", "num_clusters", "100", 0.2, 0)]  # fmt: skip
     table = pd.DataFrame(rows, columns=["method", "setting", "value", "acc", "seed"])
     table["settings"] = json.dumps({"num_clusters": 10, "backbone": "pixels"})
     _, clusters = plots.sweeps(table).axes
     assert [text.get_text() for text in clusters.get_xticklabels()] == ["5", "10", "100"]
     assert clusters.lines[0].get_ydata() == pytest.approx([0.3, 0.8, 0.5])
-    assert len(clusters.lines) == 3  # k-means with ten clusters is nothing to compare with
     assert clusters.lines[1].get_ydata().size == 5
+    kmeans = clusters.lines[3].get_ydata()  # with as many clusters, where that was tried
+    assert kmeans == pytest.approx([float("nan"), 0.7, 0.2], nan_ok=True)
