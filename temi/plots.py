@@ -111,7 +111,7 @@ def sweeps(runs: pd.DataFrame, score: str = "acc", columns: int = 3) -> Figure:
     settings = [name for name in trained["setting"].unique() if name != "backbone"]
     lines = -(-len(settings) // columns)
     figure, axes = plt.subplots(
-        lines, columns, figsize=(3 * columns, 2.1 * lines), sharey=True, squeeze=False
+        lines, columns, figsize=(3 * columns, 2 * lines), sharey=True, squeeze=False
     )
     for axis, name in zip(axes.flat, settings, strict=False):
         default = str(defaults[name])
