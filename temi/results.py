@@ -15,7 +15,7 @@ from tqdm import tqdm
 from temi import distributed
 from temi.baselines import kmeans
 from temi.config import TrainConfig
-from temi.data import holds_embeddings
+from temi.data import SPLITS, holds_embeddings
 from temi.devices import uses_bf16
 from temi.embeddings import Features
 from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
@@ -169,13 +169,25 @@ def run_settings(dataset: str, backbone: str, config: TrainConfig) -> dict:
     return {"dataset": dataset, "backbone": backbone, **asdict(config)}
 
 
+def _source(features: Features) -> dict:
+    """What a job must be told to embed the same images in the same way, by their manifest."""
+    name, _, split = features.dataset.rpartition("-")
+    source = {"dataset": features.dataset, "backbone": features.backbone}
+    if split in SPLITS.get(name, ()):
+        source |= {"dataset": name, "split": split}
+    elif features.dataset not in SPLITS and features.labels is not None:
+        source["labels"] = "folders"
+    first = features.manifest.get("spaces", [features.manifest])[0]
+    given = {"image_size": first.get("image_size"), "weights": first.get("weights_file")}
+    return source | {key: value for key, value in given.items() if value is not None}
+
+
 def _command(run: Run, features: Features) -> str | None:
     """What repeats the run; None where its embeddings are an array that no file is known of."""
-    job = {"dataset": features.dataset}
-    if not holds_embeddings(features.dataset):
-        if features.backbone == "own":
-            return None
-        job["backbone"] = features.backbone
+    from_file = holds_embeddings(features.dataset)
+    if features.backbone == "own" and not from_file:
+        return None
+    job = {"dataset": features.dataset} if from_file else _source(features)
     job = features.manifest.get("job", job) | {"recipe": run.config.recipe} | run.config.changes()
     job |= {"on_divergence": "retry"} if run.retries else {}
     words = ["python", "-m", "temi", "train", job.pop("dataset")]

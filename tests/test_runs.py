@@ -15,6 +15,7 @@ from temi.__main__ import App
 from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
+from temi.embeddings import Features
 from temi.export import sort_images
 from temi.metrics import SCORES, evaluate
 from temi.overview import list_runs, summary
@@ -53,6 +54,33 @@ def test_the_command_in_the_record_has_the_settings_of_the_run(finished):
     given = TrainConfig(**{name: getattr(command, name) for name in names})
     assert given.resolve(1797, 10) == run.config
     assert (command.dataset, command.backbone) == ("digits", "pixels")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (
+            {"dataset": "stl10-test", "image_size": 48},
+            "stl10 --backbone {} --split test --image-size 48",
+        ),
+        ({"dataset": "cifar10", "weights_file": "w.pth"}, "cifar10 --backbone {} --weights w.pth"),
+        (
+            {"dataset": "photos-both", "image_size": None},
+            "photos-both --backbone {} --labels folders",
+        ),
+        (
+            {"dataset": "digits", "spaces": [{"image_size": 6}]},
+            "digits --backbone {} --image-size 6",
+        ),
+    ],
+)
+def test_the_command_of_what_python_embedded_embeds_it_again(manifest, words, tmp_path):
+    x = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
+    manifest = {"backbone": "dinov2_vits14", "sha256": "0"} | manifest
+    features = Features(x, [*map(str, range(60))], manifest, np.arange(60) // 20, ("a", "b", "c"))
+    train(features, dataclasses.replace(QUICK, epochs=10), run_dir=tmp_path, progress=False)
+    recorded = json.loads((tmp_path / "final_results.json").read_text())["provenance"]["command"]
+    assert recorded.startswith(f"python -m temi train {words.format('dinov2_vits14')} --recipe")
 
 
 def test_files(finished):
