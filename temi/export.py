@@ -63,7 +63,9 @@ def assignments(
         features = Features.from_array(features)
     x = run.inputs(features)
     labels, agreement = run.vote(features)
-    middles = torch.tensor(_means(x, labels, run) if centers is None else centers)
+    middles = torch.tensor(
+        cluster_means(x, labels, run.config.num_clusters) if centers is None else centers
+    )
     if middles.shape != (shape := (run.config.num_clusters, x.shape[1])):
         raise ValueError(
             f"centers of shape {tuple(middles.shape)}: {shape} is allowed, as temi.centers gives "
@@ -100,11 +102,12 @@ def centers(run: Run, features: Features | np.ndarray) -> np.ndarray:
     ndarray [K, D] or [K, P], float64
         NaN for a cluster without images.
     """
-    return _means(run.inputs(features), run.predict(features), run)
+    return cluster_means(run.inputs(features), run.predict(features), run.config.num_clusters)
 
 
-def _means(x: Tensor, labels: np.ndarray, run: Run) -> np.ndarray:
-    sums = torch.zeros(run.config.num_clusters, x.shape[1], dtype=torch.float64)
+def cluster_means(x: Tensor, labels: np.ndarray, num_clusters: int) -> np.ndarray:
+    """Mean [K, D], float64, of each cluster's rows [N, D]; NaN for a cluster without any."""
+    sums = torch.zeros(num_clusters, x.shape[1], dtype=torch.float64)
     clusters = torch.from_numpy(labels).split(ensemble.CHUNK)
     for part, own in zip(x.split(ensemble.CHUNK), clusters, strict=True):
         sums.index_add_(0, own, part.double())

@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from temi.backbones import load_backbone
 from temi.cache import embed, load_cached
 from temi.data import ImageSet, load_images
 from temi.embeddings import Features
-from temi.export import assignments, centers
+from temi.export import assignments, cluster_means
 from temi.neighbors import nearest_similarities
 from temi.runs import Run
 
@@ -107,13 +108,14 @@ def predict_images(
         warnings.warn(f"distance, similarity and outlier are left out: {error}", stacklevel=2)
         table = assignments(run, features)
         return table.assign(distance=np.nan, similarity=np.nan, outlier=pd.NA)
-    table = assignments(run, features, centers(run, trained))
-    return table.assign(**_novelty(run, features, trained))
-
-
-def _novelty(run: Run, features: Features, trained: Features) -> dict[str, np.ndarray]:
-    """Columns that say how far images are from those trained on."""
     known = run.inputs(trained)  # (N, D)
+    centers = cluster_means(known, run.labels, run.config.num_clusters)
+    table = assignments(run, features, centers)
+    return table.assign(**_novelty(run, features, known))
+
+
+def _novelty(run: Run, features: Features, known: Tensor) -> dict[str, np.ndarray]:
+    """Columns that say how far images are from those trained on, [N, D] as the heads see them."""
     k = min(NEIGHBORS, len(known) - 1)
     similarity = nearest_similarities(run.inputs(features), known, k).mean(dim=1).numpy()
     rows = torch.linspace(0, len(known) - 1, min(SAMPLE, len(known)), dtype=torch.float64).long()
