@@ -92,6 +92,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
     def work(self) -> dict:
         import temi
         from temi.export import check_replaceable, check_sortable
+        from temi.selection import default_candidates
 
         if holds_embeddings(self.folder):
             raise ValueError(
@@ -113,6 +114,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
             check_sortable(images, self.sort)
         features = None
         if config.num_clusters is None:  # the number of classes is nothing that images know
+            default_candidates(len(images))
             dataclasses.replace(config, num_clusters=2).resolve(len(images))  # the other settings
             features = job.embed(images, config)
             suggest = partial(temi.suggest_num_clusters, features, seed=config.seed)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -36,6 +37,14 @@ class SuggestedClusters:
 
     num_clusters: int
     curve: pd.DataFrame
+
+
+def default_candidates(count: int) -> list[int]:
+    """Numbers of clusters to try with so many images; a ValueError if they are too few for any."""
+    found = [clusters for clusters in CANDIDATES if 10 * clusters <= min(count, IMAGES) // 2]
+    if not found:
+        raise ValueError(f"{count} images are too few to choose by; give num_clusters")
+    return found
 
 
 def suggest_num_clusters(
@@ -93,14 +102,15 @@ def suggest_num_clusters(
     rows = np.sort(random.permutation(len(x))[:IMAGES])
     half = len(rows) // 2
     if candidates is None:
-        candidates = [clusters for clusters in CANDIDATES if 10 * clusters <= half]
-        if not candidates:
-            raise ValueError(f"{len(x)} images are too few to choose by; give num_clusters")
+        candidates = default_candidates(len(x))
     if not len(candidates):
         raise ValueError("candidates: none; give one or more, or None")
     for clusters in candidates:
-        if not 2 <= clusters <= half:
-            raise ValueError(f"candidates: {clusters}; 2 to {half} is allowed with {len(x)} images")
+        if not isinstance(clusters, Integral) or not 2 <= clusters <= half:
+            raise ValueError(
+                f"candidates: {clusters!r}; whole numbers from 2 to {half} are allowed with "
+                f"{len(x)} images"
+            )
     x = np.asarray(x[rows], dtype=np.float32)
     mean = mean_embedding(x, "center-l2")
     x = normalize(x, "center-l2", mean, principal_axes(x, mean, DIMENSIONS))

@@ -244,6 +244,16 @@ def test_what_is_refused_leaves_no_folder(photos, tmp_path, capsys):
     assert not (tmp_path / "later").exists()
 
 
+def test_too_few_images_to_choose_by_are_not_embedded(photos, tmp_path, capsys):
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(photos.rglob("*.png"))[:39]:
+        (few / path.name).write_bytes(path.read_bytes())
+    assert main(["cluster", str(few), "--out", "groups", *QUICK]) == 1
+    assert "39 images are too few to choose by; give num_clusters" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+
+
 def test_links_to_what_is_no_file_are_refused_before_any_work(tmp_path, capsys):
     assert main(["cluster", "digits", "--sort", "hardlink", "--out", "out", *QUICK]) == 1
     assert "'digits' holds no files to link to; give 'copy'" in capsys.readouterr().err

@@ -44,8 +44,10 @@ def test_noise_has_no_stable_number():
 
 def test_what_does_not_fit_is_refused():
     x = crowds(3)
-    with pytest.raises(ValueError, match="candidates: 1; 2 to 90"):
+    with pytest.raises(ValueError, match="candidates: 1; whole numbers from 2 to 90 are"):
         temi.suggest_num_clusters(x, [1, 2])
+    with pytest.raises(ValueError, match=r"candidates: 2\.0; whole numbers from 2"):
+        temi.suggest_num_clusters(x, candidates=[2.0])
     with pytest.raises(ValueError, match="12 images are too few to choose by; give num_clusters"):
         temi.suggest_num_clusters(x[:12])
 
