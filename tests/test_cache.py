@@ -164,3 +164,15 @@ def test_a_damaged_cache_is_named_and_computed_anew(file, content, tmp_path):
     with pytest.warns(UserWarning, match=rf"computed anew: a file of it is .*{file}"):
         again = embed(images, data_dir=tmp_path)
     np.testing.assert_array_equal(again.x, before.x)
+
+
+def test_joined_spaces_keep_each_image_its_label(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    for number in range(6):
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        picture = rng.integers(1, 255, (8, 8, 3), np.uint8) * (number != 2)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / "ab"[number % 2] / f"{number}.png")
+    loaded = load_images(str(folder), labels="folders")
+    with pytest.warns(UserWarning, match="1 of 6 images left out"):
+        both = embed(loaded, "efficientnet_lite0@32+pixels@4", data_dir=tmp_path, progress=False)
+    assert [both.class_names[label] for label in both.labels] == [name[0] for name in both.ids]

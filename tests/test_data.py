@@ -218,3 +218,10 @@ def test_the_fingerprint_knows_shape_and_ids():
     other = dataclasses.replace(images, images=images.images.reshape(1797, 4, 16))
     assert other.fingerprint != images.fingerprint
     assert dataclasses.replace(images, ids=images.ids[::-1]).fingerprint != images.fingerprint
+
+
+def test_the_last_image_is_part_of_the_fingerprint():
+    images = load_images("digits")
+    changed = images.images.copy()
+    changed[-1, 5, 5] ^= 1
+    assert dataclasses.replace(images, images=changed).fingerprint != images.fingerprint

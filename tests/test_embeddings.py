@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import temi
-from temi.embeddings import Features, check_embeddings, load_features, mean_embedding, normalize
+from temi import embeddings
+from temi.embeddings import (
+    Features,
+    check_embeddings,
+    checksum,
+    load_features,
+    mean_embedding,
+    normalize,
+)
 
 
 def test_a_file_of_own_embeddings(tmp_path):
@@ -124,3 +132,20 @@ def test_an_array_in_a_file_of_several_is_said(shape, tmp_path):
     (tmp_path / "x.npy").rename(tmp_path / "x.npz")
     with pytest.raises(ValueError, match=r"no whole .npy or .npz file \(one array, as in a .npy"):
         load_features(tmp_path / "x.npz")
+
+
+def test_the_mean_of_half_precision_is_summed_in_double():
+    x = np.tile(np.array([[1], [1 + 2**-10]], dtype=np.float16), (50, 3))  # neighbours there
+    np.testing.assert_array_equal(mean_embedding(x, "center-l2"), np.float32(1 + 2**-11))
+
+
+def test_rows_of_later_chunks_count(monkeypatch):
+    monkeypatch.setattr(embeddings, "CHUNK", 100)
+    x = np.random.default_rng(0).normal(size=(240, 8))
+    before = checksum(x)
+    assert checksum(x.copy()) == before
+    x[230, 3] += 1
+    assert checksum(x) != before
+    x[230, 3] = np.nan
+    with pytest.raises(ValueError, match="row 230 holds NaN"):
+        check_embeddings(x)

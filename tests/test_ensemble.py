@@ -8,6 +8,7 @@ from temi import distributed, ensemble
 from temi.ensemble import (
     agreement_between_heads,
     align_heads,
+    head_labels,
     loss_weights,
     mean_probs,
     relabel,
@@ -173,3 +174,16 @@ def test_what_is_yielded_leaves_the_callers_mode_alone():
     chunks = mean_probs(heads, x, np.tile(np.arange(5), (3, 1)), 0.1)
     assert next(chunks).dtype == torch.float32
     assert not torch.is_inference_mode_enabled()
+
+
+def test_clusters_beyond_int16():
+    heads = MultiHead(4, 40_000, 1, 2, 2)
+    with torch.no_grad():
+        heads.gain.zero_()
+        heads.gain[0, 39_999] = 1
+        heads.direction[0, 39_999] = torch.tensor([1.0, 0.0])
+        heads.weight2.zero_()
+        heads.bias2[0] = torch.tensor([1.0, 0.0])
+    labels = head_labels(heads, torch.randn(3, 4))
+    assert labels.tolist() == [[39_999] * 3]
+    assert head_labels(MultiHead(4, 2**15, 1, 2, 2), torch.randn(3, 4)).dtype == np.int16

@@ -370,3 +370,27 @@ def test_unknown_values_are_named(folder, tmp_path):
     for name, value in (("dtype", "int8"), ("on_error", "go"), ("batch_size", 0)):
         with pytest.raises(ValueError, match=f"^{name}={value!r}: .* is allowed"):
             embed(images, "pixels", **{name: value})
+
+
+def test_another_precision_is_computed_anew(folder, tmp_path, use):
+    backbone = use(tiny())
+    images = load_images(str(folder))
+    embed(images, "tiny", **options(tmp_path))  # auto
+    calls = backbone.model.calls
+    (file,) = tmp_path.rglob("manifest.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"precision": "bf16"}))
+    with pytest.warns(UserWarning, match="computed anew: precision was 'bf16', is 'fp32'"):
+        embed(images, "tiny", **options(tmp_path, precision="fp32"))
+    assert backbone.model.calls == 2 * calls
+    embed(images, "tiny", **options(tmp_path))  # auto takes either
+    assert backbone.model.calls == 2 * calls
+
+
+def test_what_waits_in_memory_is_bounded(folder, tmp_path, use, monkeypatch):
+    use(tiny())
+    saves = []
+    save = extraction._save
+    monkeypatch.setattr(extraction, "_save", lambda *args: (saves.append(1), save(*args)))
+    monkeypatch.setattr(extraction, "SAVE_BYTES", 8 * 5 * 2 + 1)  # more than one batch has
+    embed(load_images(str(folder)), "tiny", **options(tmp_path))
+    assert len(saves) == 5  # after every second batch of eight, and at the end

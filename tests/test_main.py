@@ -280,3 +280,71 @@ def test_too_many_heads_are_too_much_memory(photos, capsys, monkeypatch):
     monkeypatch.setattr(temi, "train", too_much)
     assert main(["train", str(photos), "--num-clusters", "3", *QUICK]) == 1
     assert capsys.readouterr().err.startswith("error: not enough memory: [enforce fail")
+
+
+@pytest.mark.filterwarnings("default")
+def test_options_of_the_command_line_reach_what_they_are_for(tmp_path, monkeypatch, capsys):
+    for part, count in (("train", 40), ("test", 10)):
+        (tmp_path / "photos" / part).mkdir(parents=True)
+        for row, image in enumerate(DIGITS.images[:count]):
+            Image.fromarray(image).save(tmp_path / "photos" / part / f"{row}.png")
+    (tmp_path / "photos" / "test" / "a.png").write_bytes(b"no image")
+    given = ["--split", "test", "--data-dir", "there", "--device", "cpu"]
+    options = ["--backbone", "pixels", "--json-summary"]
+    command = ["embed", str(tmp_path / "photos"), *given, *options]
+    assert main([*command, "--on-error", "stop"]) == 1
+    assert "image 'a.png'" in capsys.readouterr().err
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 10
+
+    asked = {}
+
+    class Run:
+        def predict(self, images, **options):
+            asked.update(options, images=len(images))
+            return pd.DataFrame({"cluster": [0] * 10, "outlier": [False] * 10})
+
+    monkeypatch.setattr(temi, "load_run", lambda _: Run())
+    more = ["--weights", "w.pth", "--json-summary"]
+    assert main(["predict", "run", str(tmp_path / "photos"), *given, *more]) == 0
+    expected = {"weights": "w.pth", "data_dir": "there", "device": "cpu", "images": 11}
+    assert asked == expected
+
+
+def test_the_suggestion_is_of_the_seed(tmp_path, monkeypatch):
+    seeds = []
+
+    def suggest(features, seed=0):
+        seeds.append(seed)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(temi, "suggest_num_clusters", suggest)
+    command = ["cluster", "digits", "--out", str(tmp_path / "out"), "--backbone", "pixels"]
+    assert main([*command, "--seed", "3"]) == 1
+    assert seeds == [3]
+
+
+def test_cluster_takes_the_options_of_a_run(tmp_path, monkeypatch):
+    asked = {}
+
+    def train(features, config, *, images, run_dir, **options):
+        asked.update(options, run_dir=run_dir, width=features.x.shape[1])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(temi, "train", train)
+    command = ["cluster", "digits", "--out", "out", "--backbone", "pixels", "--image-size", "4"]
+    options = ["--num-clusters", "4", "--resume", "auto", "--checkpoint-every", "3"]
+    options += ["--keep-checkpoints", "5", "--on-divergence", "retry", "--baseline", "never"]
+    assert main([*command, *options]) == 1
+    expected = temi.RunOptions(
+        resume="auto", checkpoint_every=3, keep_checkpoints=5, on_divergence="retry",
+        baseline="never",
+    )  # fmt: skip
+    expected = dataclasses.asdict(expected) | {"run_dir": tmp_path / "out" / "run", "width": 48}
+    assert asked == expected
+
+
+def test_sorted_as_asked_for(photos, tmp_path):
+    command = ["cluster", str(photos), "--out", "out", "--num-clusters", "3", "--no-map"]
+    assert main([*command, *QUICK, "--sort", "symlink"]) == 0
+    assert all(path.is_symlink() for path in (tmp_path / "out" / "sorted").rglob("*.png"))

@@ -49,3 +49,11 @@ def test_images_drawn_for_the_map_keep_their_place_and_scale():
     x = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
     points = temi.map_points(x, max_images=40)
     assert points[:, 0].std() == pytest.approx(1, rel=1e-3)
+
+
+def test_images_drawn_for_the_map_keep_their_place():
+    x = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
+    drawn = np.sort(np.random.default_rng(0).permutation(60)[:40])
+    some, alone = temi.map_points(x, max_images=40)[drawn], temi.map_points(x[drawn])
+    for axis in range(2):  # but for where the middle is, and the scale
+        assert np.corrcoef(some[:, axis], alone[:, axis])[0, 1] > 0.9999

@@ -3,8 +3,11 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import bootstrap
 from sklearn import metrics as sklearn_metrics
+from sklearn.cluster import KMeans
 
+from temi.baselines import kmeans
 from temi.embeddings import normalize
 from temi.metrics import (
     class_recall,
@@ -272,3 +275,21 @@ def test_what_would_give_no_score_is_refused():
         silhouette(x, labels, sample=-5)
     with pytest.raises(ValueError, match="probs of type bool: numbers are needed"):
         neighbor_information(np.eye(4, dtype=bool)[labels], np.zeros((40, 1), dtype=int))
+
+
+def test_the_interval_is_of_the_level_resamples_and_seed_asked_for():
+    truth = np.tile([0, 1], 50)
+    labels = np.where(np.arange(100) % 5 == 0, 1 - truth, truth)
+    given = dict(level=0.5, resamples=30, seed=2)
+    plain = bootstrap(
+        (labels, truth), cluster_accuracy, paired=True, vectorized=False, n_resamples=30,
+        confidence_level=0.5, method="percentile", rng=np.random.default_rng(2),
+    ).confidence_interval  # fmt: skip
+    assert confidence_interval(labels, truth, **given) == (plain.low, plain.high)
+
+
+def test_k_means_is_of_the_embeddings_as_it_is_said():
+    x = np.random.default_rng(0).normal(size=(200, 4)) * np.linspace(0.1, 5, 200)[:, None] + 1
+    for how in ("none", "l2", "center-l2"):
+        plain = KMeans(3, n_init=10, random_state=5).fit_predict(normalize(x, how))
+        np.testing.assert_array_equal(kmeans(x, 3, how, 5), plain)

@@ -177,3 +177,14 @@ def test_copies_are_alike_but_for_rounding():
     for chunk_size in (-1, 0):
         with pytest.raises(ValueError, match=f"chunk_size={chunk_size}: a whole number from 1"):
             temi.nearest_neighbors(x, 3, chunk_size=chunk_size)
+
+
+def test_a_link_of_one_side_joins_duplicates():
+    angles = torch.tensor([0.0, 1.0, 1.9, 90.0]) * torch.pi / 180  # each nearer to the next
+    x = torch.stack([angles.cos(), angles.sin()], dim=1)
+    (group,) = temi.near_duplicates(x, 0.999, k=1)  # 0 -> 1 -> 2 -> 1
+    assert group.tolist() == [0, 1, 2]
+    crowd = torch.tensor([0.0, 0.1, 5.0, 5.1]) * torch.pi / 180  # two pairs, near each other
+    x = torch.stack([crowd.cos(), crowd.sin()], dim=1)
+    assert [g.tolist() for g in temi.near_duplicates(x, 0.99, k=1)] == [[0, 1], [2, 3]]
+    assert [g.tolist() for g in temi.near_duplicates(x, 0.99, k=3)] == [[0, 1, 2, 3]]

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from temi.config import RunOptions, TrainConfig
+from temi.data import load_images
+from temi.embeddings import Features
 from temi.parameters import JobConfig, is_default, read_parameters
 
 OWN = '# Parameters\ndataset: str = "digits"  # data set\nbeta: float = None\nnum_heads: int = None'
@@ -113,3 +115,20 @@ def test_default_runs_are_told_apart():
     assert not is_default(JobConfig(), TrainConfig(beta=0.7))
     assert not is_default(JobConfig(), TrainConfig(recipe="paper"))
     assert not is_default(JobConfig(), TrainConfig(num_clusters=10))
+
+
+def test_a_job_embeds_as_it_says(monkeypatch):
+    given = {}
+
+    def embed(images, backbone, **options):
+        given.update(options, backbone=backbone)
+        return Features.from_array(np.ones((5, 3)))
+
+    monkeypatch.setattr("temi.parameters.embed", embed)
+    job = JobConfig(backbone="pixels@4", data_dir="there", force_recompute=True)
+    config = TrainConfig(device="cpu", precision="fp32")
+    job.embed(load_images("digits"), config)
+    assert given == {
+        "backbone": "pixels@4", "weights": None, "image_size": None, "data_dir": "there",
+        "device": "cpu", "precision": "fp32", "force_recompute": True,
+    }  # fmt: skip

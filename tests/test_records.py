@@ -22,6 +22,7 @@ from temi.devices import runs_bf16
 from temi.embeddings import Features
 from temi.neighbors import check_neighbors
 from temi.overview import list_runs
+from temi.results import final_results
 from temi.rundirs import differences, lock_of, part_of
 from temi.runs import load_run
 from temi.steps import training_step
@@ -430,3 +431,56 @@ def test_a_swap_that_was_cut_short_is_completed(tmp_path):
     table = pd.read_csv(tmp_path / "run" / "assignments.csv")
     np.testing.assert_array_equal(table["cluster"], run.labels)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
+
+
+def test_k_means_is_of_the_seed_of_the_run(monkeypatch):
+    seeds = []
+
+    def kmeans(x, clusters, how, seed=0):
+        seeds.append((how, seed))
+        return CLASSES
+
+    monkeypatch.setattr("temi.results.kmeans", kmeans)
+    features = dataclasses.replace(
+        Features.from_array(X), labels=CLASSES, class_names=tuple("abcd")
+    )
+    run = train(features, dataclasses.replace(TWO_EPOCHS, seed=3), progress=False)
+    final_results(run, features)
+    assert seeds == [("none", 3), ("center-l2", 3)]
+
+
+def test_a_table_of_many_rows_has_one_header(tmp_path, monkeypatch):
+    monkeypatch.setattr("temi.records.ROWS", 100)
+    run = train(X, TWO_EPOCHS, run_dir=tmp_path / "run", progress=False)
+    table = pd.read_csv(tmp_path / "run" / "assignments.csv")
+    assert table["path"].tolist() == list(range(240))
+    np.testing.assert_array_equal(table["cluster"], run.labels)
+
+
+def test_what_the_record_says_of_heads_and_clusters():
+    config = dataclasses.replace(TWO_EPOCHS, epochs=1, num_clusters=8)
+    run = train(X, config, progress=False)
+    features = dataclasses.replace(Features.from_array(X), manifest={
+        "dataset": "x.npy", "backbone": "own", "sha256": ""})  # fmt: skip
+    retried = dataclasses.replace(run, retries=[{"epoch": 1}])
+    for each, words in ((run, False), (retried, True)):
+        said = final_results(each, features)
+        assert ("--on-divergence retry" in said["provenance"]["command"]) == words
+    votes = (run.head_labels == run.labels).mean()
+    assert said["ensemble"]["mean_agreement"] == pytest.approx(votes)
+
+
+def test_a_finished_run_stays_beside_an_unfinished_successor(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    start(run_dir)
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    cut_short(run_dir, monkeypatch)
+    for options in ({}, {"config": dataclasses.replace(SMALL, beta=0.7), "resume": "auto"}):
+        with pytest.raises(ValueError, match="give"):
+            start(run_dir, **options)
+        assert part_of(run_dir).exists()
+        assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()} == before
+    assert results(run_dir)["finished"]

@@ -79,3 +79,10 @@ def test_the_suggestion_is_where_the_silhouette_is_highest():
     found = temi.suggest_num_clusters(x, progress=False)
     assert found.num_clusters == found.curve["num_clusters"][found.curve["silhouette"].argmax()]
     assert not found.curve.equals(temi.suggest_num_clusters(x, seed=1, progress=False).curve)
+
+
+def test_both_halves_say_how_well_clusters_are_apart(monkeypatch):
+    asked = []
+    monkeypatch.setattr("temi.selection.silhouette", lambda x, said, seed: asked.append(said) or 0)
+    temi.suggest_num_clusters(crowds(3), [3], progress=False)
+    assert len(asked) == 2 * 4  # halves of each of the repetitions

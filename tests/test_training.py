@@ -7,6 +7,7 @@ import torch
 from sklearn.datasets import make_blobs
 from tqdm import tqdm
 
+import temi.training as training
 from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
@@ -15,6 +16,7 @@ from temi.embeddings import Features
 from temi.heads import MultiHead
 from temi.metrics import cluster_accuracy
 from temi.neighbors import mutual_neighbors, search_neighbors
+from temi.results import accuracies
 from temi.steps import (
     TrainState,
     draw_pairs,
@@ -211,3 +213,54 @@ def test_a_captured_state_is_left_by_the_steps_after_it():
             assert torch.equal(captured["optimizer"]["state"][index][name], tensor)
     state.restore(captured)
     assert state.marginal.data_ptr() != captured["marginal"].data_ptr()
+
+
+TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
+
+
+def test_probabilities_are_of_the_teachers_temperature():
+    run = train(BLOBS, TWO_EPOCHS, progress=False)
+    run = dataclasses.replace(run, config=dataclasses.replace(TWO_EPOCHS, teacher_temp=0.3))
+    with torch.inference_mode():
+        probs = (run.teacher(run.inputs(BLOBS)) / 0.3).softmax(dim=-1)  # (H, N, K)
+    aligned = np.empty(probs.shape)
+    for head in range(3):
+        aligned[head][:, run.alignment[head]] = probs[head]
+    np.testing.assert_allclose(run.predict_proba(BLOBS), aligned.mean(axis=0), atol=1e-5)
+
+
+def test_the_best_head_of_the_history_is_that_of_the_lowest_loss():
+    class Run:
+        head_labels = np.array([[0, 0, 1, 1], [0, 1, 0, 1]])
+        labels, best_head = head_labels[0], 1  # of the lower loss, and the less accurate
+
+    found = accuracies(Run, np.array([5, 5, 6, 6]))
+    assert found == {"mean_head_acc": 0.75, "best_head_acc": 0.5, "ensemble_acc": 1.0}
+
+
+def test_the_gradient_norm_of_an_epoch_is_the_mean_of_its_steps():
+    norms = []
+
+    def log(number, losses, norm, rate):
+        norms.append(float(norm))
+
+    run_epoch = training.run_epoch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "run_epoch", lambda t, s, _: run_epoch(t, s, log))
+        run = train(BLOBS, TWO_EPOCHS, progress=False, log_every=1)
+    means = np.reshape(norms, (2, 6)).mean(axis=1)
+    np.testing.assert_allclose([e["gradient_norm"] for e in run.history], means, rtol=1e-5)
+
+
+def test_decay_is_that_of_the_settings():
+    runs = [train(BLOBS, dataclasses.replace(TWO_EPOCHS, weight_decay=decay), progress=False)
+            for decay in (0.0, 1.0)]  # fmt: skip
+    norms = [float(run.teacher.weight1.norm()) for run in runs]
+    assert norms[1] < norms[0]
+
+
+def test_a_gradient_below_the_limit_is_left_as_it_is():
+    plain, limited = (train(BLOBS, dataclasses.replace(TWO_EPOCHS, clip_grad=limit), progress=False)
+                      for limit in (None, 1e6))  # fmt: skip
+    for one, other in zip(plain.teacher.parameters(), limited.teacher.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 import os
 import pickle
 import signal
@@ -11,7 +12,7 @@ import torch
 from sklearn.datasets import make_blobs
 
 import temi.training
-from temi import checkpoints, distributed
+from temi import checkpoints, distributed, trouble
 from temi.checkpoints import EMERGENCY, LATEST
 from temi.config import TrainConfig
 from temi.heads import MultiHead
@@ -374,3 +375,86 @@ def test_a_training_that_finds_nothing_says_so():
     config = TrainConfig(num_clusters=20, num_heads=2, epochs=8)
     with pytest.warns(UserWarning, match="hardly tell images apart .mean loss -0.12"):
         train(noise, config, progress=False)
+
+
+TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
+
+
+def test_half_of_the_heads_collapsed_is_an_end(monkeypatch):
+    config = dataclasses.replace(TWO_EPOCHS, num_heads=4)
+    for heads in ([2], [0, 2]):
+        monkeypatch.setattr("temi.training.collapsed_heads", lambda *_, heads=heads: heads)
+        if len(heads) == 1:
+            assert train(BLOBS, config, progress=False).history[0]["collapsed_heads"] == [2]
+        else:
+            with pytest.raises(DivergenceError, match="epoch 1: the clusters of heads 0, 2 coll"):
+                train(BLOBS, config, progress=False)
+
+
+def test_a_batch_that_was_found_stays_when_a_run_goes_on(tmp_path, monkeypatch):
+    config = dataclasses.replace(TWO_EPOCHS, batch_size="auto")
+    monkeypatch.setattr("temi.training.auto_batch", lambda *_: 16)
+    train(BLOBS, config, run_dir=tmp_path / "run", progress=False)
+    monkeypatch.setattr("temi.training.auto_batch", lambda *_: 8)  # memory is less by now
+    more = dataclasses.replace(config, epochs=3)
+    again = train(BLOBS, more, run_dir=tmp_path / "run", resume="auto", progress=False)
+    assert again.config.batch_size == 16
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["batch_size"] == 16
+
+
+def test_a_run_stopped_in_its_first_epoch_goes_on_with_the_last_layer_at_rest(
+    tmp_path, monkeypatch
+):
+    whole, steps = train(BLOBS, TWO_EPOCHS, progress=False), []
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return training_step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("temi.state.training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(BLOBS, TWO_EPOCHS, run_dir=tmp_path / "run", progress=False)
+    run = train(BLOBS, TWO_EPOCHS, run_dir=tmp_path / "run", resume="auto", progress=False)
+    for one, other in zip(run.teacher.parameters(), whole.teacher.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_goes_on_along_the_axes_of_its_checkpoint(tmp_path, monkeypatch):
+    config = dataclasses.replace(TWO_EPOCHS, pca_dim=4)
+    train(BLOBS, config, run_dir=tmp_path / "run", progress=False)
+    longer = dataclasses.replace(config, epochs=3)
+    straight = train(BLOBS, longer, progress=False)
+
+    def turned(*arguments, found=temi.training.principal_axes):
+        return -found(*arguments)  # as another machine's may be
+
+    monkeypatch.setattr("temi.training.principal_axes", turned)
+    again = train(BLOBS, longer, run_dir=tmp_path / "run", resume="auto", progress=False)
+    np.testing.assert_array_equal(again.axes, straight.axes)
+    np.testing.assert_array_equal(again.teacher.weight1, straight.teacher.weight1)
+
+
+def test_a_batch_to_be_found_is_shared_by_the_ranks(monkeypatch):
+    tried = []
+    monkeypatch.setattr(trouble, "fitting_batch", lambda c, x, most: tried.append(most) or most)
+    monkeypatch.setattr(trouble.distributed, "count", lambda: 4)
+    monkeypatch.setattr(trouble.distributed, "from_first", lambda make: make())
+    assert trouble.auto_batch(TWO_EPOCHS, torch.zeros(1000, 8)) == 128
+    assert tried == [32]
+    assert trouble.auto_batch(TWO_EPOCHS, torch.zeros(100, 8)) == 100
+
+
+def test_a_batch_is_tried_with_all_heads_and_groups(monkeypatch):
+    tried = []
+
+    def step(state, views, *_):
+        tried.append((tuple(views.shape), tuple(state.marginal.shape)))
+
+    monkeypatch.setattr(trouble, "training_step", step)
+    config = dataclasses.replace(TWO_EPOCHS, group_size=4)
+    assert trouble.fitting_batch(config, torch.zeros(50, 8), 40) == 40
+    assert tried == [((160, 8), (3, 4))]
