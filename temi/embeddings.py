@@ -85,6 +85,11 @@ def as_array(features: "Features | np.ndarray") -> np.ndarray:
     return x
 
 
+def spaces_of(manifest: dict) -> list[dict]:
+    """Manifests of the feature spaces that are joined; ``manifest`` itself where none are."""
+    return manifest.get("spaces", [manifest])
+
+
 def load_features(path: str | Path) -> Features:
     """Read one's own embeddings: what :func:`temi.train` takes when the images stay outside.
 

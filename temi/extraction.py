@@ -160,7 +160,10 @@ def extract(
     pending: dict[int, list[tuple[int, np.ndarray]]] = {}  # of each block
     saved = time.monotonic()
     try:
-        for start, pixels, rows, unreadable in batches:
+        for batch in batches:
+            if isinstance(batch, Exception):
+                raise batch
+            start, pixels, rows, unreadable = batch
             block, decoded = start // blocks.size, len(rows) + len(unreadable)
             fresh = {"rows": 0, "unreadable": {}, "forward_sizes": [[start, size]], "shape": shape}
             log = logs.setdefault(block, fresh)
@@ -221,7 +224,7 @@ class _Batches(Dataset):
         try:
             return self._decode(self.starts[index])
         except (ValueError, OSError, MemoryError) as error:
-            return error  # raised by _decoded: here a worker process would add its traceback
+            return error  # raised by extract: here a worker process would add its traceback
 
     def _decode(self, start: int) -> Decoded:
         pictures, rows, unreadable = [], [], {}
@@ -256,7 +259,7 @@ def default_batch_size(backbone: Backbone, device: torch.device, precision: str)
     return min(64, max(1, CPU_PASS_PIXELS[precision] // (height * width)))
 
 
-def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Iterator[Decoded]:
+def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Iterator:
     """All batches of ``source`` in order, decoded by so many processes.
 
     If that is None, the first two batches are decoded here. The second, for the first is slow for
@@ -267,7 +270,7 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
     tried = min(2, len(source)) if workers is None else 0
     for index in range(tried):
         clock = time.perf_counter()
-        batch = _or_raise(source[index])
+        batch = source[index]
         decoding = time.perf_counter() - clock
         yield batch
         waiting = time.perf_counter() - clock - decoding
@@ -275,20 +278,13 @@ def _decoded(source: _Batches, workers: int | None, device: torch.device) -> Ite
         slow = SLOW_ON_CPU if device.type == "cpu" else SLOW_BESIDE_GPU
         workers = 0 if decoding < slow * waiting else min(8, max(1, cores))
     if tried < len(source):
-        for batch in DataLoader(
+        yield from DataLoader(
             Subset(source, range(tried, len(source))),
             batch_size=None,
             num_workers=min(workers or 0, len(source) - tried),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # leaves torch's global one alone
-        ):
-            yield _or_raise(batch)
-
-
-def _or_raise(batch: Decoded | Exception) -> Decoded:
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
+        )
 
 
 def _forward(

@@ -14,7 +14,7 @@ from temi.config import RunOptions, TrainConfig
 from temi.data import ARRAYS, ImageSet, check_dataset, holds_embeddings, load_images
 from temi.embeddings import Features, load_features
 
-BELOW = "a relative one starts at TEMI_HOME, else the checkout, else the current folder"
+RELATIVE = "a relative one starts at TEMI_HOME, else the checkout, else the current folder"
 
 
 def _setting(kind, description, **limits):
@@ -52,9 +52,9 @@ class JobConfig(RunOptions):
     weights: _setting(
         str | None, "file of the backbone's weights; None: downloaded, or installed with it"
     ) = None
-    data_dir: _setting(str, f"where downloads and embeddings are kept; {BELOW}") = "data"
+    data_dir: _setting(str, f"where downloads and embeddings are kept; {RELATIVE}") = "data"
     run_dir: _setting(
-        str | None, f"where the run is kept; None: named after the settings; {BELOW}"
+        str | None, f"where the run is kept; None: named after the settings; {RELATIVE}"
     ) = None
     force_recompute: _setting(bool, "embed even where the cache holds the embeddings") = False
 

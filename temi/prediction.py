@@ -13,7 +13,7 @@ from torch import Tensor
 from temi.backbones import load_backbone
 from temi.cache import embed, load_cached
 from temi.data import ImageSet, load_images
-from temi.embeddings import Features
+from temi.embeddings import Features, spaces_of
 from temi.export import assignments, cluster_means
 from temi.neighbors import nearest_similarities
 from temi.runs import Run
@@ -72,7 +72,7 @@ def predict_images(
         If the images or the weights cannot be read.
     """
     manifest = run.manifest
-    spaces = manifest.get("spaces", [manifest])
+    spaces = spaces_of(manifest)
     if "preprocessing" not in spaces[0]:
         raise ValueError(
             f"this run was trained on embeddings from {manifest['dataset']!r}, whose backbone temi "

@@ -17,7 +17,7 @@ from temi.baselines import kmeans
 from temi.config import TrainConfig
 from temi.data import SPLITS, holds_embeddings
 from temi.devices import uses_bf16
-from temi.embeddings import Features
+from temi.embeddings import Features, spaces_of
 from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
 from temi.runs import Run
 
@@ -177,7 +177,7 @@ def _source(features: Features) -> dict:
         source |= {"dataset": name, "split": split}
     elif features.dataset not in SPLITS and features.labels is not None:
         source["labels"] = "folders"
-    first = features.manifest.get("spaces", [features.manifest])[0]
+    first = spaces_of(features.manifest)[0]
     given = {"image_size": first.get("image_size"), "weights": first.get("weights_file")}
     return source | {key: value for key, value in given.items() if value is not None}
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from temi import checkpoints
 from temi.config import RunOptions, TrainConfig
 from temi.data import ImageSet
-from temi.embeddings import Features
+from temi.embeddings import Features, spaces_of
 from temi.files import (
     RESULTS,
     SETTINGS,
@@ -59,6 +59,12 @@ class Place:
     run_dir: Path | None
     folder: Path | None
     source: Path | None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether a finished run stands there, of which no checkpoint is gone on from."""
+        goes_on = self.source is not None and self.run_dir in self.source.parents
+        return self.folder != self.run_dir and not goes_on
 
     def load(self) -> tuple[Path, dict] | None:
         """Path and content of the checkpoint to go on from; None for a fresh start."""
@@ -111,7 +117,7 @@ def plan_run(
     place = find_place(run_dir, settings, job)
     if isinstance(data, Features):
         check_origin(place, job, data.manifest, None)
-    elif stage(run_dir) == "finished" and not (job.resume or job.overwrite):
+    elif place.replaces and not (job.resume or job.overwrite):
         made_from = read_json(run_dir / RESULTS)["provenance"]["features"]
         before = made_from.get("job", job.source)  # nothing is known of what Python embedded
         now = dict.fromkeys(before) | job.source
@@ -189,10 +195,11 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
             f"{holds} an unfinished run; give resume='auto' to go on with it, overwrite=True to "
             "start anew, or another run_dir"
         )
-    if standing == "finished" and (resume is None or run_dir not in resume.parents):
+    place = Place(run_dir, folder, resume)
+    if place.replaces:
         before = read_json(run_dir / SETTINGS)
         _refuse(differences(before, settings), f"{holds} a run with")
-    return Place(run_dir, folder, resume)
+    return place
 
 
 def check_origin(place: Place, options: RunOptions, manifest: dict, neighbors: str | None) -> None:
@@ -200,19 +207,16 @@ def check_origin(place: Place, options: RunOptions, manifest: dict, neighbors: s
 
     Data are the checksums of the embeddings, in their manifest, and of neighbours that are given.
     """
-    run_dir, asked = place.run_dir, options.overwrite or options.resume == "auto"
-    if run_dir is None or asked or stage(run_dir) != "finished":
+    if options.overwrite or options.resume == "auto" or not place.replaces:
         return
-    if place.source is not None and run_dir in place.source.parents:
-        return  # goes on from one of its own checkpoints, which is held against the data
-    kept = read_json(run_dir / RESULTS)["provenance"]
-
-    def checksums(manifest: dict) -> list[str | None]:
-        return [space.get("sha256") for space in manifest.get("spaces", [manifest])]
-
-    found = ["other embeddings"] * (checksums(kept["features"]) != checksums(manifest))
+    kept = read_json(place.run_dir / RESULTS)["provenance"]
+    before, now = (
+        [space.get("sha256") for space in spaces_of(made_from)]
+        for made_from in (kept["features"], manifest)
+    )
+    found = ["other embeddings"] * (before != now)
     found += ["other neighbours"] * (kept.get("neighbors") != neighbors)
-    _refuse(found, f"run_dir={str(run_dir)!r}: holds a run with")
+    _refuse(found, f"run_dir={str(place.run_dir)!r}: holds a run with")
 
 
 def part_of(run_dir: Path) -> Path:

@@ -13,7 +13,6 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import temi
-from temi.config import TrainConfig
 
 SMALL = dict(n_heads=2, epochs=40, random_state=0, device="cpu")
 
@@ -137,7 +136,7 @@ def test_settings_are_refused_by_their_names_here(n_clusters):
 def test_settings_of_the_estimator_reach_the_training():
     model = temi.TEMI(2, recipe="paper", n_heads=3, beta=0.7, n_neighbors=4, batch_size=20,
                       learning_rate=1e-3, epochs=5, normalize="l2", device="cpu")  # fmt: skip
-    assert model._config(100, 6) == TrainConfig(
+    assert model._config(100, 6) == temi.TrainConfig(
         num_clusters=2, recipe="paper", num_heads=3, beta=0.7, num_neighbors=4, batch_size=20,
         learning_rate=1e-3, epochs=5, normalize="l2", seed=6, device="cpu",
     )  # fmt: skip

@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_training import TWO_EPOCHS
 
 import temi
 from temi import prediction
-from temi.cache import embed
-from temi.config import TrainConfig
-from temi.data import load_images
 from temi.embeddings import Features, normalize
-from temi.export import assignments, centers
-from temi.training import train
 
 DIGITS = temi.load_images("digits")
 KNOWN = 600  # images trained on; the next 100 are new
@@ -176,16 +172,17 @@ def test_split_dtype_and_what_to_do_with_broken_images_are_passed_on(tmp_path):
         run.predict(str(tmp_path / "new"), on_error="stop", **told)
 
 
-TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
-
-
 def test_distances_of_new_images_are_from_the_centres_of_the_training(tmp_path):
     given = dict(data_dir=tmp_path / "data", progress=False)
-    features = embed(load_images(str(write(tmp_path / "known", DIGITS.images[:200]))), **given)
-    config = TrainConfig(num_clusters=5, num_heads=2, epochs=2)
-    run = train(features, config, progress=False)
+    features = temi.embed(
+        temi.load_images(str(write(tmp_path / "known", DIGITS.images[:200]))), **given
+    )
+    config = temi.TrainConfig(num_clusters=5, num_heads=2, epochs=2)
+    run = temi.train(features, config, progress=False)
     folder = str(write(tmp_path / "new", DIGITS.images[200:230]))
-    expected = assignments(run, embed(load_images(folder), **given), centers(run, features))
+    expected = temi.assignments(
+        run, temi.embed(temi.load_images(folder), **given), temi.centers(run, features)
+    )
     np.testing.assert_allclose(run.predict(folder, **given)["distance"], expected["distance"])
 
 
@@ -216,10 +213,10 @@ def test_weights_may_have_moved_since(tmp_path, monkeypatch):
     known = {"dataset": "known", "backbone": "timm:x", "preprocessing": "", "weights": "a",
              "weights_file": "/old.pth"}  # fmt: skip
     run = dataclasses.replace(
-        train(DIGITS.images[:240].reshape(240, -1) + 1.0, TWO_EPOCHS, progress=False),
+        temi.train(DIGITS.images[:240].reshape(240, -1) + 1.0, TWO_EPOCHS, progress=False),
         manifest=known,
     )
     for given in ("/new.pth", None):
         with pytest.raises(OSError, match="enough"):
-            run.predict(load_images("digits"), weights=given, data_dir=tmp_path)
+            run.predict(temi.load_images("digits"), weights=given, data_dir=tmp_path)
     assert asked == ["/new.pth", "/old.pth"]

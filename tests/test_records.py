@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import NearestNeighbors
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import TWO_EPOCHS
 
 from temi import checkpoints, training
 from temi.checkpoints import BEST, LATEST
@@ -431,9 +432,6 @@ def test_a_swap_that_was_cut_short_is_completed(tmp_path):
     table = pd.read_csv(tmp_path / "run" / "assignments.csv")
     np.testing.assert_array_equal(table["cluster"], run.labels)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
 
 
 def test_k_means_is_of_the_seed_of_the_run(monkeypatch):

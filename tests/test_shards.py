@@ -17,10 +17,9 @@ from PIL import Image
 from test_extraction import Tiny, embedded_whole, options, prepare, stored, tiny
 
 import temi
-from temi import blocks, cache, distributed
+from temi import cache, distributed
 from temi.__main__ import main
 from temi.blocks import Blocks
-from temi.data import load_images
 from temi.files import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -375,16 +374,16 @@ def test_a_progress_bar_counts_the_images_of_the_share(folder, tmp_path, use, mo
 
 
 def test_rows_are_on_disk_before_the_log_names_them(tmp_path, monkeypatch):
-    found = blocks.Blocks.find(tmp_path, {}, 4, "float32", 4, lambda: 4)
+    found = Blocks.find(tmp_path, {}, 4, "float32", 4, lambda: 4)
     done = []
     monkeypatch.setattr(os, "fsync", lambda file, sync=os.fsync: (done.append("rows"), sync(file)))
-    monkeypatch.setattr(blocks, "write_json", lambda *_, **__: done.append("log"))
+    monkeypatch.setattr("temi.blocks.write_json", lambda *_, **__: done.append("log"))
     found.save(0, {"rows": 4, "unreadable": {}, "dim": 2}, [(0, np.ones((4, 2), np.float32))])
     assert done == ["rows", "log"]
 
 
 def test_a_job_misses_what_any_of_its_spaces_misses(tmp_path):
-    images = load_images("digits")
+    images = temi.load_images("digits")
     given = dict(data_dir=tmp_path, batch_size=256, num_workers=0, progress=False)
     temi.embed(images, "pixels@6", **given)
     left = temi.embed_shard(images, "pixels@4+pixels@6", shard="1/2", **given)

@@ -28,6 +28,7 @@ from temi.training import train
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, cluster_std=1.0, random_state=0)
 SMALL = TrainConfig(num_clusters=4, num_heads=3, epochs=8, batch_size=40, num_neighbors=5)
+TWO_EPOCHS = dataclasses.replace(SMALL, epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +214,6 @@ def test_a_captured_state_is_left_by_the_steps_after_it():
             assert torch.equal(captured["optimizer"]["state"][index][name], tensor)
     state.restore(captured)
     assert state.marginal.data_ptr() != captured["marginal"].data_ptr()
-
-
-TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
 
 
 def test_probabilities_are_of_the_teachers_temperature():

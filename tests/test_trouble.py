@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import make_blobs
+from test_training import TWO_EPOCHS
 
 import temi.training
 from temi import checkpoints, distributed, trouble
@@ -20,14 +21,7 @@ from temi.losses import temi_loss
 from temi.metrics import cluster_accuracy
 from temi.steps import TrainState, training_step
 from temi.training import train
-from temi.trouble import (
-    DivergenceError,
-    Signals,
-    auto_batch,
-    check_learned,
-    collapsed_heads,
-    what_fits,
-)
+from temi.trouble import DivergenceError, Signals, auto_batch, check_learned, collapsed_heads
 
 BLOBS, CLASSES = make_blobs(240, 8, centers=4, random_state=0)
 PAIRS = dict(group_size=2, num_neighbors=5, batch_size=40, learning_rate=2e-3, warmup_epochs=2)
@@ -262,8 +256,8 @@ def test_out_of_memory_says_what_fits(monkeypatch, tmp_path):
     )
     with monkeypatch.context() as patch:  # two processes, each with half of the batch
         patch.setattr(distributed, "count", lambda: 2)
-        patch.setattr("temi.trouble.fitting_batch", lambda config, x, batch: min(batch, 12))
-        assert "; 20 fits now" in what_fits(SMALL, torch.zeros(90, 8))
+        patch.setattr(trouble, "fitting_batch", lambda config, x, batch: min(batch, 12))
+        assert "; 20 fits now" in trouble.what_fits(SMALL, torch.zeros(90, 8))
     automatic = dataclasses.replace(SMALL, batch_size="auto", epochs=1)
     run = train(BLOBS, automatic, run_dir=tmp_path / "auto", progress=False)
     assert run.config.batch_size == 16  # the recipe's 128, halved
@@ -377,9 +371,6 @@ def test_a_training_that_finds_nothing_says_so():
         train(noise, config, progress=False)
 
 
-TWO_EPOCHS = TrainConfig(num_clusters=4, num_heads=3, epochs=2, batch_size=40, num_neighbors=5)
-
-
 def test_half_of_the_heads_collapsed_is_an_end(monkeypatch):
     config = dataclasses.replace(TWO_EPOCHS, num_heads=4)
     for heads in ([2], [0, 2]):
@@ -441,11 +432,11 @@ def test_a_run_goes_on_along_the_axes_of_its_checkpoint(tmp_path, monkeypatch):
 def test_a_batch_to_be_found_is_shared_by_the_ranks(monkeypatch):
     tried = []
     monkeypatch.setattr(trouble, "fitting_batch", lambda c, x, most: tried.append(most) or most)
-    monkeypatch.setattr(trouble.distributed, "count", lambda: 4)
-    monkeypatch.setattr(trouble.distributed, "from_first", lambda make: make())
-    assert trouble.auto_batch(TWO_EPOCHS, torch.zeros(1000, 8)) == 128
+    monkeypatch.setattr(distributed, "count", lambda: 4)
+    monkeypatch.setattr(distributed, "from_first", lambda make: make())
+    assert auto_batch(TWO_EPOCHS, torch.zeros(1000, 8)) == 128
     assert tried == [32]
-    assert trouble.auto_batch(TWO_EPOCHS, torch.zeros(100, 8)) == 100
+    assert auto_batch(TWO_EPOCHS, torch.zeros(100, 8)) == 100
 
 
 def test_a_batch_is_tried_with_all_heads_and_groups(monkeypatch):
