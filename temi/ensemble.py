@@ -184,7 +184,7 @@ def mean_probs(
     Parameters
     ----------
     heads : MultiHead
-    x : Tensor [N, D]
+    x : Tensor [N, D], or Rows, which stand for one
     alignment : ndarray [H, K]
         From :func:`align_heads`.
     temperature : float

@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from temi import ensemble
 from temi.data import ImageSet
-from temi.embeddings import Features
+from temi.embeddings import Features, RowNumbers
 from temi.files import absolute, whole_file
 from temi.image_files import ImageFiles
 from temi.names import apply_names, check_columns, names_in
+from temi.rows import Rows
 from temi.runs import Run
 
 MARKER = ".sorted-by-temi"  # in a folder that the next call may replace
@@ -57,35 +58,44 @@ def assignments(
 
     Notes
     -----
-    The N x K probabilities are held for some thousand images at a time.
+    Embeddings need not fit in memory: they are prepared, and the N x K probabilities held, for some
+    thousand images at a time.
     """
-    if not isinstance(features, Features):
-        features = Features.from_array(features)
-    x = run.inputs(features)
-    labels, agreement = run.vote(features)
-    middles = torch.tensor(
-        cluster_means(x, labels, run.config.num_clusters) if centers is None else centers
-    )
-    if middles.shape != (shape := (run.config.num_clusters, x.shape[1])):
+    ids = features.ids if isinstance(features, Features) else RowNumbers(len(features))
+    rows = run.input_rows(features)
+    labels, agreement = run.vote(rows)
+    shape = (run.config.num_clusters, rows.shape[1])
+    if centers is None:
+        centers = cluster_means(rows, labels, run.config.num_clusters)
+    elif np.shape(centers) != shape:
         raise ValueError(
-            f"centers of shape {tuple(middles.shape)}: {shape} is allowed, as temi.centers gives "
+            f"centers of shape {np.shape(centers)}: {shape} is allowed, as temi.centers gives "
             "of the features trained on"
         )
     chunks, clusters, start = [], torch.from_numpy(labels), 0
-    for probs in run.mean_probs(features):
-        stop = start + len(probs)
-        own, part, start = clusters[start:stop], x[start:stop], stop
+    for probs in run.mean_probs(rows):
+        own = clusters[start : start + len(probs)]
+        start += len(probs)
         confidence = probs.gather(1, own[:, None])[:, 0]
         others = probs.scatter(1, own[:, None], -1)  # (chunk, K)
         likeliest, second = others.max(dim=1)
-        distance = 1 - F.cosine_similarity(part.double(), middles[own], dim=1)
         second = second.where(likeliest >= 0, -1)
-        chunks.append((confidence.double().numpy(), second.numpy(), distance.numpy()))
-    confidence, second, distance = map(np.concatenate, zip(*chunks, strict=True))
+        chunks.append((confidence.double().numpy(), second.numpy()))
+    confidence, second = map(np.concatenate, zip(*chunks, strict=True))
     return pd.DataFrame(
-        {"path": features.ids, "cluster": labels, "confidence": confidence, "agreement": agreement,
-         "second_choice": second, "distance": distance}
+        {"path": ids, "cluster": labels, "confidence": confidence, "agreement": agreement,
+         "second_choice": second, "distance": _distances(rows, labels, centers)}
     )  # fmt: skip
+
+
+def _distances(rows: Rows, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """One minus the cosine similarity of each row to its cluster's centre."""
+    own = torch.from_numpy(labels).split(ensemble.CHUNK)
+    chunks = [
+        1 - F.cosine_similarity(part.double(), torch.from_numpy(centers[clusters]), dim=1)
+        for part, clusters in zip(rows.split(ensemble.CHUNK), own, strict=True)
+    ]
+    return np.concatenate(chunks)
 
 
 def centers(run: Run, features: Features | np.ndarray) -> np.ndarray:
@@ -102,10 +112,11 @@ def centers(run: Run, features: Features | np.ndarray) -> np.ndarray:
     ndarray [K, D] or [K, P], float64
         NaN for a cluster without images.
     """
-    return cluster_means(run.inputs(features), run.predict(features), run.config.num_clusters)
+    rows = run.input_rows(features)
+    return cluster_means(rows, run.predict(rows), run.config.num_clusters)
 
 
-def cluster_means(x: Tensor, labels: np.ndarray, num_clusters: int) -> np.ndarray:
+def cluster_means(x: Tensor | Rows, labels: np.ndarray, num_clusters: int) -> np.ndarray:
     """Mean [K, D], float64, of each cluster's rows [N, D]; NaN for a cluster without any."""
     sums = torch.zeros(num_clusters, x.shape[1], dtype=torch.float64)
     clusters = torch.from_numpy(labels).split(ensemble.CHUNK)

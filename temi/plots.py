@@ -219,6 +219,7 @@ def cluster_rows(
     labels: np.ndarray,
     agreement: np.ndarray,
     per_row: int = 16,
+    most: int = 200,
 ) -> Figure:
     """Each cluster as a row of its surest images, largest cluster first.
 
@@ -231,11 +232,18 @@ def cluster_rows(
         Share of heads behind each label.
     per_row : int
         Images of each cluster; 16 fit a page.
+    most : int
+        Clusters that are shown, the largest; where there are more, a line below says so. A thousand
+        would be a picture of 55,000 pixels.
     """
     clusters, sizes = np.unique(labels, return_counts=True)
-    order = clusters[np.argsort(-sizes, kind="stable")]
-    rows = [surest_first(labels, agreement, cluster)[:per_row] for cluster in order]
-    return image_rows(images, rows, [f"{c}  ({(labels == c).sum()})" for c in order])
+    order = np.argsort(-sizes, kind="stable")[:most]
+    rows = [surest_first(labels, agreement, cluster)[:per_row] for cluster in clusters[order]]
+    titles = [f"{clusters[index]}  ({sizes[index]})" for index in order]
+    figure = image_rows(images, rows, titles)
+    if len(clusters) > most:
+        figure.supxlabel(f"the {most} largest of {len(clusters):,} clusters")
+    return figure
 
 
 def planes(points: np.ndarray, grids: np.ndarray, names: Sequence[str], ylabel: str = "") -> Figure:

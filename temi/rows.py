@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from temi import distributed
-from temi.embeddings import normalize
+from temi.embeddings import CHUNK, normalize
 
 SHARE = 0.5  # of the memory that is left: the neighbour search holds the rows a second time
 BLOCK = 2**16  # bytes read together: larger ones are faster, but fewer places make up a window
@@ -28,11 +28,13 @@ class Rows:
     Parameters
     ----------
     read : callable
-        Gives the float32 rows, on the CPU, of a Tensor of row numbers or a slice.
+        Gives the rows, on the CPU, of a Tensor of row numbers or a slice.
     shape : tuple of int
         N and P.
     device : torch.device
         Where ``rows[indices]`` and the chunks of ``rows.split(size)`` are, as those of a Tensor.
+    dtype : torch.dtype
+        Of the rows.
     """
 
     def __init__(
@@ -40,8 +42,9 @@ class Rows:
         read: Callable[[Tensor | slice], Tensor],
         shape: tuple[int, int],
         device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.read, self.shape, self.device = read, shape, device
+        self.read, self.shape, self.device, self.dtype = read, shape, device, dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -50,9 +53,15 @@ class Rows:
         return self.read(indices.cpu()).to(self.device)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All rows in their order, ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield self.read(slice(start, start + size)).to(self.device)
+        """All rows in their order, ``size`` at a time, equal to the bit to those of one Tensor."""
+        held = torch.empty(0, self.shape[1], dtype=self.dtype)
+        for start in range(0, len(self), CHUNK):  # as normalize does, whatever ``size`` is
+            held = torch.cat([held, self.read(slice(start, start + CHUNK))])
+            while len(held) >= size:
+                yield held[:size].to(self.device)
+                held = held[size:]
+        if len(held):
+            yield held.to(self.device)
 
 
 def prepared_rows(

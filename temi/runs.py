@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from temi.data import ImageSet
 from temi.embeddings import Features, as_array, normalize
 from temi.files import readable_path
 from temi.heads import MultiHead
+from temi.rows import CPU, Rows
 
 
 @dataclass(frozen=True)
@@ -100,31 +102,32 @@ class Run:
         """The head of the lowest loss; chosen without labels."""
         return int(self.head_losses.argmin())
 
-    def predict_heads(self, features: Features | np.ndarray) -> np.ndarray:
+    def predict_heads(self, features: Features | np.ndarray | Rows) -> np.ndarray:
         """Cluster of each row of embeddings under each head, in common numbers.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D]
+        features : Features or ndarray [N, D], or Rows
             As for :meth:`predict`.
 
         Returns
         -------
         ndarray [H, N], int16 (int32 of more than 32,768 clusters)
         """
-        labels = ensemble.head_labels(self.teacher, self.inputs(features))
+        labels = ensemble.head_labels(self.teacher, self.input_rows(features))
         return ensemble.relabel(labels, self.alignment)
 
     def predict(
-        self, features: Features | np.ndarray | ImageSet | str | Path, **options
+        self, features: Features | np.ndarray | Rows | ImageSet | str | Path, **options
     ) -> "np.ndarray | pd.DataFrame":
         """Cluster of each row of embeddings, or of each image of a folder, by majority vote.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D], or ImageSet or path
-            From the same backbone as those trained on, not normalised. Or images, or their folder
-            (or the name of a data set), which are embedded as the run's own images were.
+        features : Features or ndarray [N, D], or Rows, or ImageSet or path
+            From the same backbone as those trained on, not normalised; they need not fit in memory.
+            Or what :meth:`input_rows` made of them. Or images, or their folder (or the name of a
+            data set), which are embedded as the run's own images were.
         **options
             With images: of :func:`temi.predict_images`.
 
@@ -141,12 +144,12 @@ class Run:
             raise TypeError(f"predict() takes {', '.join(options)} with images alone")
         return self.vote(features)[0]
 
-    def vote(self, features: Features | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def vote(self, features: Features | np.ndarray | Rows) -> tuple[np.ndarray, np.ndarray]:
         """Cluster of each row of embeddings, and how many heads are behind it.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D]
+        features : Features or ndarray [N, D], or Rows
             As for :meth:`predict`.
 
         Returns
@@ -158,12 +161,12 @@ class Run:
         heads = self.predict_heads(features)
         return ensemble.vote(heads, self.config.num_clusters, self.best_head)
 
-    def predict_proba(self, features: Features | np.ndarray) -> np.ndarray:
+    def predict_proba(self, features: Features | np.ndarray | Rows) -> np.ndarray:
         """Mean over heads of the aligned teacher probabilities.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D]
+        features : Features or ndarray [N, D], or Rows
             As for :meth:`predict`.
 
         Returns
@@ -173,13 +176,13 @@ class Run:
         return torch.cat(list(self.mean_probs(features))).numpy()
 
     def soft_consensus(
-        self, features: Features | np.ndarray, weights: np.ndarray | None = None
+        self, features: Features | np.ndarray | Rows, weights: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cluster of each row of embeddings by the mean of all heads' probabilities.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D]
+        features : Features or ndarray [N, D], or Rows
             As for :meth:`predict`.
         weights : ndarray [H], optional
             Of the heads, such as :func:`temi.loss_weights`; None: equal.
@@ -195,13 +198,13 @@ class Run:
         return labels, torch.cat([chunk.values for chunk in chunks]).numpy()
 
     def mean_probs(
-        self, features: Features | np.ndarray, weights: np.ndarray | None = None
+        self, features: Features | np.ndarray | Rows, weights: np.ndarray | None = None
     ) -> Iterator[Tensor]:
         """What :meth:`predict_proba` gives, some images at a time.
 
         Parameters
         ----------
-        features : Features or ndarray [N, D]
+        features : Features or ndarray [N, D], or Rows
             As for :meth:`predict`.
         weights : ndarray [H], optional
             Of the heads; None: equal.
@@ -210,7 +213,8 @@ class Run:
         ------
         Tensor [chunk, K]
         """
-        x, temperature = self.inputs(features), self.config.teacher_temp
+        x = cast(Tensor, self.input_rows(features))  # which Rows stand for
+        temperature = self.config.teacher_temp
         return ensemble.mean_probs(self.teacher, x, self.alignment, temperature, weights)
 
     def inputs(self, features: Features | np.ndarray) -> Tensor:
@@ -230,15 +234,39 @@ class Run:
         ValueError
             If the rows are not as wide as those trained on, or not finite.
         """
-        dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
-        how, mean, axes = self.config.normalize, self.mean, self.axes
-        x = as_array(features)
-        if x.shape[1] != len(mean):
+        return self.input_rows(features).read(slice(None))
+
+    def input_rows(self, features: Features | np.ndarray | Rows) -> Rows:
+        """What :meth:`inputs` gives, made some rows at a time when they are asked for.
+
+        Of embeddings in a file, such as :func:`temi.embed` gives, little is in memory at once.
+
+        Parameters
+        ----------
+        features : Features or ndarray [N, D], or Rows
+            As for :meth:`predict`; Rows are returned as they are.
+
+        Raises
+        ------
+        ValueError
+            As for :meth:`inputs`.
+        """
+        if isinstance(features, Rows):
+            return features
+        x, precise = as_array(features), self.teacher.gain.dtype == torch.float64
+        name, dtype = ("float64", torch.float64) if precise else ("float32", torch.float32)
+        if x.shape[1] != len(self.mean):
             raise ValueError(
-                f"embeddings of {x.shape[1]} numbers: the run was trained on {len(mean)} an image, "
-                "of one backbone and size"
+                f"embeddings of {x.shape[1]} numbers: the run was trained on {len(self.mean)} an "
+                "image, of one backbone and size"
             )
-        return torch.from_numpy(normalize(x, how, mean, axes, dtype=dtype))
+
+        def read(rows: Tensor | slice) -> Tensor:
+            how, mean, axes = self.config.normalize, self.mean, self.axes
+            return torch.from_numpy(normalize(x[rows], how, mean, axes, dtype=name))
+
+        width = x.shape[1] if self.axes is None else self.axes.shape[1]
+        return Rows(read, (len(x), width), CPU, dtype)
 
 
 def load_run(path: str | Path) -> Run:

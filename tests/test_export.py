@@ -13,6 +13,7 @@ from test_names import names
 import temi
 from temi import ensemble
 from temi.data import ImageSet
+from temi.embeddings import normalize
 from temi.export import check_replaceable
 from temi.image_files import ImageFiles
 
@@ -40,6 +41,23 @@ def test_an_array_has_numbers_for_names(run, features, table):
     found = temi.assignments(run, np.asarray(features.x))
     assert found["path"].tolist()[:2] == ["0", "1"]
     pd.testing.assert_frame_equal(found.drop(columns="path"), table.drop(columns="path"))
+
+
+def test_a_table_takes_no_more_than_some_thousand_prepared_rows(run, features, monkeypatch):
+    x = np.tile(features.x, (10, 1))  # 17,970 rows
+    lengths = []
+
+    def counted(rows, *args, **options):
+        lengths.append(len(rows))
+        return normalize(rows, *args, **options)
+
+    monkeypatch.setattr("temi.runs.normalize", counted)
+    monkeypatch.setattr("temi.embeddings.checksum", lambda _: 1 / 0)  # of no use here
+    table = temi.assignments(run, x)
+    temi.centers(run, x)
+    run.soft_consensus(x)
+    assert max(lengths) == 8192
+    assert table["cluster"].tolist() == 10 * run.labels.tolist()
 
 
 def part_of(features, rows):

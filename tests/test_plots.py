@@ -87,6 +87,14 @@ def test_clusters_are_drawn_largest_and_surest_first():
     assert figure.axes[0].images[0].get_clim() == (0, 255)
 
 
+def test_of_very_many_clusters_the_largest_are_shown():
+    images, labels = np.zeros((9, 4, 4), np.uint8), np.array([3, 1, 0, 1, 2, 2, 2, 1, 1])
+    figure = plots.cluster_rows(images, labels, np.ones(9), most=2)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["1  (4)", "2  (3)"]
+    assert figure.get_supxlabel() == "the 2 largest of 4 clusters"
+    assert not plots.cluster_rows(images, labels, np.ones(9), most=4).get_supxlabel()
+
+
 def test_pictures_of_unequal_sizes_or_large_ones_are_shown_as_squares():
     grey, wide = np.zeros((10, 10), np.uint8), np.zeros((20, 30, 3), np.uint8)
     wide[..., 0] = 200

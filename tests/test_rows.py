@@ -52,6 +52,17 @@ def assert_same(run, other) -> None:
     np.testing.assert_array_equal(run.head_labels, other.head_labels)
 
 
+@pytest.mark.parametrize("size", [131, 1024, 8192, 20_000, 30_000])
+def test_rows_made_when_asked_for_split_as_a_tensor_does_to_the_bit(size):
+    x = np.random.default_rng(0).normal(size=(20_011, 96)).astype(np.float16)
+    mean = mean_embedding(x, "center-l2")
+    axes = principal_axes(x, mean, 40)  # products of other numbers of rows round differently
+    whole = prepared_rows(x, "center-l2", mean, axes, CPU, "device", None, 4)
+    found = prepared_rows(x, "center-l2", mean, axes, CPU, "file", 1, 4).split(size)
+    for ours, theirs in zip(found, whole.split(size), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("how", ["none", "l2", "center-l2"])
 @pytest.mark.parametrize("place", ["device", "host", "file"])
 def test_rows_are_those_of_everything_normalised(tmp_path, how, place):
