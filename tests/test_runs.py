@@ -431,3 +431,27 @@ def test_compare_runs_shows_the_lowest_loss_and_no_accuracy_without_labels():
     left, right = compare_runs([SimpleNamespace(history=history)], ["a"]).axes
     assert left.lines[0].get_ydata().tolist() == [-3, -6]
     assert np.isnan(right.lines[0].get_ydata()).all()
+
+
+def test_the_entropy_in_the_history_is_the_mean_over_heads(finished):
+    run, run_dir = finished
+    _, content = checkpoints.newest(run_dir / checkpoints.FOLDER)
+    marginal = content["marginal"].double().numpy()  # (H, K)
+    expected = -(marginal * np.log(marginal)).sum(axis=1)
+    assert abs(expected[0] - expected[1]) > 1e-4
+    assert run.history[-1]["marginal_entropy"] == pytest.approx(expected.mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_of_two_heads_the_one_of_the_lower_loss_breaks_all_ties(finished, features, best):
+    run, _ = finished
+    judged = dataclasses.replace(run, head_losses=np.eye(2)[1 - best])
+    heads = judged.predict_heads(features)
+    assert (heads[0] != heads[1]).any()
+    np.testing.assert_array_equal(judged.vote(features)[0], heads[best])
+    history = [run.history[-1] | {"head_losses": judged.head_losses.tolist()}]
+    again = type(run).from_heads(
+        run.config, {}, run.teacher, run.mean, run.axes, heads, history, [], {}
+    )
+    np.testing.assert_array_equal(again.labels, heads[best])
+    np.testing.assert_array_equal(again.alignment[best], range(10))
