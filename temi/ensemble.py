@@ -107,8 +107,14 @@ def vote(
     labels : ndarray [N], int64
     agreement : ndarray [N], float64
         Share of heads that voted with the winner, whatever their weights, 1 / H to 1.
+
+    Raises
+    ------
+    ValueError
+        If the weights do not fit; see :func:`check_weights`.
     """
     weights = np.ones(len(aligned_labels)) if weights is None else np.asarray(weights)
+    check_weights(weights, len(aligned_labels))
     winners = np.empty(aligned_labels.shape[1], dtype=np.int64)
     agreement = np.empty(len(winners))
     for start in range(0, len(winners), CHUNK):  # all N x K votes at once can be gigabytes
@@ -123,6 +129,16 @@ def vote(
         winners[start : start + CHUNK] = won
         agreement[start : start + CHUNK] = (chunk == won).mean(axis=0)
     return winners, agreement
+
+
+def check_weights(weights: np.ndarray, heads: int) -> None:
+    """Raise a ValueError unless there is a finite weight for each head, none below 0 nor all 0."""
+    if weights.shape != (heads,):
+        raise ValueError(f"weights of shape {weights.shape}: {(heads,)} is allowed, one a head")
+    if not np.isfinite(weights).all() or weights.min() < 0 or not weights.any():
+        raise ValueError(
+            f"weights={weights.tolist()}: finite numbers from 0 on are allowed, not all of them 0"
+        )
 
 
 def loss_weights(head_losses: np.ndarray) -> np.ndarray:
@@ -196,9 +212,15 @@ def mean_probs(
     ------
     Tensor [chunk, K]
         On the CPU, some images at a time: all at once can be gigabytes.
+
+    Raises
+    ------
+    ValueError
+        If the weights do not fit; see :func:`check_weights`.
     """
     own_number = torch.from_numpy(alignment.argsort(axis=1)).unsqueeze(1)  # (H, 1, K)
     weights = np.ones(len(alignment)) if weights is None else np.asarray(weights)
+    check_weights(weights, len(alignment))
     shares = torch.from_numpy(weights / weights.sum()).to(x.dtype).view(-1, 1, 1)
     for logits in head_logits(heads, x):
         probs = (logits / temperature).softmax(dim=-1).cpu()  # (H, chunk, K)

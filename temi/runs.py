@@ -190,8 +190,13 @@ class Run:
         Returns
         -------
         labels : ndarray [N], int64
-        confidence : ndarray [N], float32
+        confidence : ndarray [N], of the teacher's dtype
             Mean probability of that cluster.
+
+        Raises
+        ------
+        ValueError
+            If the weights are not one finite number from 0 on for each head, or all are 0.
         """
         chunks = [probs.max(dim=-1) for probs in self.mean_probs(features, weights)]
         labels = torch.cat([chunk.indices for chunk in chunks]).numpy()

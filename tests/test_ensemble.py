@@ -187,3 +187,16 @@ def test_clusters_beyond_int16():
     labels = head_labels(heads, torch.randn(3, 4))
     assert labels.tolist() == [[39_999] * 3]
     assert head_labels(MultiHead(4, 2**15, 1, 2, 2), torch.randn(3, 4)).dtype == np.int16
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [([1, 1], r"shape \(2,\): \(3,\)"), ([1, -1, 1], "from 0 on"), ([0, 0, 0], "not all of them"),
+     ([1, np.nan, 1], "finite")],
+)  # fmt: skip
+def test_weights_that_fit_no_heads_are_refused(weights, words):
+    with pytest.raises(ValueError, match=words):
+        vote(np.zeros((3, 5), dtype=int), K, 0, weights)
+    heads = MultiHead(4, K, 3)
+    with pytest.raises(ValueError, match=words):
+        next(mean_probs(heads, torch.ones(5, 4), np.tile(np.arange(K), (3, 1)), 0.1, weights))
