@@ -433,15 +433,6 @@ def test_compare_runs_shows_the_lowest_loss_and_no_accuracy_without_labels():
     assert np.isnan(right.lines[0].get_ydata()).all()
 
 
-def test_the_entropy_in_the_history_is_the_mean_over_heads(finished):
-    run, run_dir = finished
-    _, content = checkpoints.newest(run_dir / checkpoints.FOLDER)
-    marginal = content["marginal"].double().numpy()  # (H, K)
-    expected = -(marginal * np.log(marginal)).sum(axis=1)
-    assert abs(expected[0] - expected[1]) > 1e-4
-    assert run.history[-1]["marginal_entropy"] == pytest.approx(expected.mean(), abs=1e-6)
-
-
 @pytest.mark.parametrize("best", [0, 1])
 def test_of_two_heads_the_one_of_the_lower_loss_breaks_all_ties(finished, features, best):
     run, _ = finished

@@ -8,6 +8,7 @@ from sklearn.datasets import make_blobs
 from tqdm import tqdm
 
 import temi.training as training
+from temi import checkpoints
 from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
@@ -262,3 +263,11 @@ def test_a_gradient_below_the_limit_is_left_as_it_is():
                       for limit in (None, 1e6))  # fmt: skip
     for one, other in zip(plain.teacher.parameters(), limited.teacher.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_the_entropy_in_the_history_is_the_mean_over_heads(tmp_path):
+    run = train(BLOBS, TWO_EPOCHS, run_dir=tmp_path, progress=False)
+    _, content = checkpoints.newest(tmp_path / checkpoints.FOLDER)
+    entropy = torch.special.entr(content["marginal"].double()).sum(dim=1)  # (H)
+    assert entropy.max() - entropy.mean() > 1e-4
+    assert run.history[-1]["marginal_entropy"] == pytest.approx(float(entropy.mean()), abs=1e-6)
