@@ -51,7 +51,7 @@ def test_larger_dinov2_is_the_definition(name, tmp_path):
 @pytest.mark.parametrize("name", ["dinov2_vitg14", "dinov2_vitg14_reg"])
 def test_every_tensor_of_the_giant_has_its_place(name, monkeypatch):
     with torch.device("meta"):
-        monkeypatch.setattr(torch, "randn", lambda count, **_: torch.empty(count))
+        monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.empty(*shape))
         tensors = release(name)
     generator = torch.Generator().manual_seed(0)
     for key, tensor in tensors.items():
