@@ -56,22 +56,28 @@ def assignments(
         - ``distance`` : 1 minus the cosine similarity to the cluster's centre, 0 to 2; NaN where no
           image trained on is in that cluster.
 
+    Raises
+    ------
+    ValueError
+        Before any head is asked: ``features`` are not of the run's backbone, or ``centers`` not of
+        the run.
+
     Notes
     -----
     Embeddings need not fit in memory: they are prepared, and the N x K probabilities held, for some
     thousand images at a time.
     """
-    ids = features.ids if isinstance(features, Features) else RowNumbers(len(features))
     rows = run.input_rows(features)
-    labels, agreement = run.vote(rows)
+    ids = features.ids if isinstance(features, Features) else RowNumbers(len(rows))
     shape = (run.config.num_clusters, rows.shape[1])
-    if centers is None:
-        centers = cluster_means(rows, labels, run.config.num_clusters)
-    elif np.shape(centers) != shape:
+    if centers is not None and np.shape(centers) != shape:
         raise ValueError(
             f"centers of shape {np.shape(centers)}: {shape} is allowed, as temi.centers gives "
             "of the features trained on"
         )
+    labels, agreement = run.vote(rows)
+    if centers is None:
+        centers = cluster_means(rows, labels, run.config.num_clusters)
     chunks, clusters, start = [], torch.from_numpy(labels), 0
     for probs in run.mean_probs(rows):
         own = clusters[start : start + len(probs)]
@@ -90,9 +96,9 @@ def assignments(
 
 def _distances(rows: Rows, labels: np.ndarray, centers: np.ndarray) -> np.ndarray:
     """One minus the cosine similarity of each row to its cluster's centre."""
-    own = torch.from_numpy(labels).split(ensemble.CHUNK)
+    middles, own = torch.tensor(centers), torch.from_numpy(labels).split(ensemble.CHUNK)
     chunks = [
-        1 - F.cosine_similarity(part.double(), torch.from_numpy(centers[clusters]), dim=1)
+        1 - F.cosine_similarity(part.double(), middles[clusters], dim=1)
         for part, clusters in zip(rows.split(ensemble.CHUNK), own, strict=True)
     ]
     return np.concatenate(chunks)

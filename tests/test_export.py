@@ -500,9 +500,11 @@ def test_a_folder_beside_the_current_one(photos, tmp_path, monkeypatch):
     assert len(contents(tmp_path / "sorted")) == 1 + len(images)
 
 
-def test_centers_of_another_run_are_refused(run, features):
+def test_centers_of_another_run_are_refused(run, features, monkeypatch):
     middles = temi.centers(run, features)
     middles.setflags(write=False)  # as those mapped from a file
-    temi.assignments(run, features, middles)
+    found = temi.assignments(run, features, middles)
+    pd.testing.assert_frame_equal(temi.assignments(run, features, middles.tolist()), found)
+    monkeypatch.setattr("temi.ensemble.head_labels", lambda *_: 1 / 0)  # not asked any more
     with pytest.raises(ValueError, match=r"centers of shape \(9, 64\): \(10, 64\) is allowed, as"):
         temi.assignments(run, features, middles[:9])
