@@ -111,7 +111,7 @@ def vote(
     Raises
     ------
     ValueError
-        If the weights do not fit; see :func:`check_weights`.
+        If the weights are not one finite number from 0 on for each head, or all are 0.
     """
     weights = np.ones(len(aligned_labels)) if weights is None else np.asarray(weights)
     check_weights(weights, len(aligned_labels))
@@ -216,7 +216,7 @@ def mean_probs(
     Raises
     ------
     ValueError
-        If the weights do not fit; see :func:`check_weights`.
+        If the weights are not one finite number from 0 on for each head, or all are 0.
     """
     own_number = torch.from_numpy(alignment.argsort(axis=1)).unsqueeze(1)  # (H, 1, K)
     weights = np.ones(len(alignment)) if weights is None else np.asarray(weights)
