@@ -251,6 +251,11 @@ class Run:
         features : Features or ndarray [N, D], or Rows
             As for :meth:`predict`; Rows are returned as they are.
 
+        Returns
+        -------
+        Rows [N, D], or [N, P]
+            ``rows.split(size)`` gives them all, ``size`` at a time, on the CPU.
+
         Raises
         ------
         ValueError
