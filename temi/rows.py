@@ -93,20 +93,43 @@ def prepared_rows(
     -------
     Tensor or Rows
     """
+    if place == "file":
+        return rows_on_demand(x, how, mean, axes, device, block, group_size)
+    prepared = torch.from_numpy(normalize(x, how, mean, axes))
+    if place == "device":
+        return prepared.to(device)
+    return Rows(prepared.__getitem__, (len(prepared), prepared.shape[1]), device)
+
+
+def rows_on_demand(
+    x: np.ndarray,
+    how: str,
+    mean: np.ndarray,
+    axes: np.ndarray | None,
+    device: torch.device = CPU,
+    block: int | None = None,
+    group_size: int = 1,
+    dtype: str = "float32",
+) -> Rows:
+    """Embeddings [N, D] that are normalised and projected when they are asked for.
+
+    Parameters
+    ----------
+    x, how, mean, axes, dtype
+        See :func:`temi.embeddings.normalize`.
+    device, block, group_size
+        See :func:`prepared_rows`.
+    """
 
     def read(rows: Tensor | slice) -> Tensor:
         if isinstance(rows, Tensor):
             rows = rows.numpy()
             ask_for(x, rows[: len(rows) // group_size], block or 1)
             ask_for(x, rows)
-        return torch.from_numpy(normalize(x[rows], how, mean, axes))
+        return torch.from_numpy(normalize(x[rows], how, mean, axes, dtype=dtype))
 
-    if place == "file":
-        return Rows(read, (len(x), x.shape[1] if axes is None else axes.shape[1]), device)
-    prepared = torch.from_numpy(normalize(x, how, mean, axes))
-    if place == "device":
-        return prepared.to(device)
-    return Rows(prepared.__getitem__, (len(prepared), prepared.shape[1]), device)
+    width = x.shape[1] if axes is None else axes.shape[1]
+    return Rows(read, (len(x), width), device, getattr(torch, dtype))
 
 
 def choose_place(

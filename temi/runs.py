@@ -13,10 +13,10 @@ from torch import Tensor
 from temi import checkpoints, ensemble
 from temi.config import TrainConfig
 from temi.data import ImageSet
-from temi.embeddings import Features, as_array, normalize
+from temi.embeddings import Features, as_array
 from temi.files import readable_path
 from temi.heads import MultiHead
-from temi.rows import CPU, Rows
+from temi.rows import Rows, rows_on_demand
 
 
 @dataclass(frozen=True)
@@ -263,20 +263,14 @@ class Run:
         """
         if isinstance(features, Rows):
             return features
-        x, precise = as_array(features), self.teacher.gain.dtype == torch.float64
-        name, dtype = ("float64", torch.float64) if precise else ("float32", torch.float32)
+        dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
+        x = as_array(features)
         if x.shape[1] != len(self.mean):
             raise ValueError(
                 f"embeddings of {x.shape[1]} numbers: the run was trained on {len(self.mean)} an "
                 "image, of one backbone and size"
             )
-
-        def read(rows: Tensor | slice) -> Tensor:
-            how, mean, axes = self.config.normalize, self.mean, self.axes
-            return torch.from_numpy(normalize(x[rows], how, mean, axes, dtype=name))
-
-        width = x.shape[1] if self.axes is None else self.axes.shape[1]
-        return Rows(read, (len(x), width), CPU, dtype)
+        return rows_on_demand(x, self.config.normalize, self.mean, self.axes, dtype=dtype)
 
 
 def load_run(path: str | Path) -> Run:

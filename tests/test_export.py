@@ -51,7 +51,7 @@ def test_a_table_takes_no_more_than_some_thousand_prepared_rows(run, features, m
         lengths.append(len(rows))
         return normalize(rows, *args, **options)
 
-    monkeypatch.setattr("temi.runs.normalize", counted)
+    monkeypatch.setattr("temi.rows.normalize", counted)
     monkeypatch.setattr("temi.embeddings.checksum", lambda _: 1 / 0)  # of no use here
     table = temi.assignments(run, x)
     temi.centers(run, x)
