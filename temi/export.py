@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from temi import ensemble
-from temi.data import ImageSet
+from temi.data import ImageSet, check_image_set
 from temi.embeddings import Features, RowNumbers
 from temi.files import absolute, whole_file
 from temi.image_files import ImageFiles
@@ -198,6 +198,7 @@ def sort_images(
     check_columns(table, "path", "cluster")
     if not len(table):
         raise ValueError("table: no rows; a table of one image or more is needed")
+    check_image_set(images)
     check_sortable(images, how)
     files = images.images if isinstance(images.images, ImageFiles) else None
     if names is not None:

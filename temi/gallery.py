@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from temi.data import ImageSet
+from temi.data import ImageSet, check_image_set
 from temi.files import absolute, whole_file
 from temi.image_files import UnreadableImageError, needed_at
 from temi.names import apply_names, check_columns, names_in, read_names
@@ -77,6 +77,7 @@ def write_gallery(
     if not isinstance(thumbnail, int) or not 16 <= thumbnail <= 512:
         raise ValueError(f"thumbnail={thumbnail!r}: a whole number from 16 to 512 is allowed")
     check_columns(table, *_WHOLE, *_ROUNDED)
+    check_image_set(images)
     if not len(table):
         raise ValueError("table: holds no image; one or more are allowed")
     if points is not None:

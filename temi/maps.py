@@ -1,12 +1,13 @@
 """All images on a plane, similar ones close together."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 
 
-def map_points(x: np.ndarray, *, max_images: int = 10_000, seed: int = 0) -> np.ndarray:
+def map_points(x: ArrayLike, *, max_images: int = 10_000, seed: int = 0) -> np.ndarray:
     """Places of images on a plane, by t-SNE.
 
     Distances within a crowd of points mean something; those between far crowds, and the sizes of
@@ -14,7 +15,7 @@ def map_points(x: np.ndarray, *, max_images: int = 10_000, seed: int = 0) -> np.
 
     Parameters
     ----------
-    x : ndarray [N, D]
+    x : ndarray or Tensor [N, D]
         Embeddings, prepared as they were for clustering (:meth:`temi.Run.inputs`).
     max_images : int
         Of more images, so many drawn at random are laid out, which takes about half a minute on
@@ -28,11 +29,22 @@ def map_points(x: np.ndarray, *, max_images: int = 10_000, seed: int = 0) -> np.
         The first axis has deviation 1. All in one place where fewer than four images are drawn, or
         no two of them differ.
 
+    Raises
+    ------
+    ValueError
+        If ``x`` is anything else, or holds NaN or infinity.
+
     References
     ----------
     van der Maaten and Hinton, Visualizing Data using t-SNE, 2008,
     https://jmlr.org/papers/v9/vandermaaten08a.html
     """
+    x = np.asarray(x)
+    if x.ndim != 2 or x.dtype.kind not in "iuf":
+        raise ValueError(
+            f"x of {x.dtype} {x.shape}: an array [N, D] of numbers is needed, "
+            "as run.inputs(features) gives"
+        )
     drawn = np.random.default_rng(seed).permutation(len(x))[:max_images]
     drawn.sort()
     few = x[drawn]

@@ -1,6 +1,7 @@
 """Names that clusters were given in a gallery, and which were merged there."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_names(names: str | Path | Mapping) -> tuple[dict[int, str], dict[int, i
         In one line, if it is anything else, or clusters are merged in a circle.
     """
     source = "names"
-    if not isinstance(names, Mapping):
+    if isinstance(names, str | os.PathLike):
         source = f"names={str(names)!r}"
         try:
             names = json.loads(readable_path(names).read_bytes())
@@ -83,6 +84,11 @@ def _end(cluster: int, merged: dict[int, int], source: str) -> int:
 
 def check_columns(table: pd.DataFrame, *names: str) -> None:
     """Raise a ValueError unless a table has these columns as :func:`temi.assignments` has them."""
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(
+            f"table of type {type(table).__name__}: a DataFrame is needed, as temi.assignments "
+            "gives, and pandas.read_csv of a file of temi.write_assignments"
+        )
     if missing := [name for name in names if name not in table]:
         raise ValueError(
             f"table: has no {', '.join(missing)}; a table of temi.assignments has, "

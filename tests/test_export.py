@@ -416,6 +416,26 @@ def test_a_table_of_another_kind_is_refused_in_one_line(photos, run, tmp_path):
         temi.sort_images(gaps, images, tmp_path / "sorted")
 
 
+def test_arguments_of_another_type_are_refused_in_one_line(photos, tmp_path):
+    images, _ = photos
+    table = pd.DataFrame({"path": images.ids, "cluster": 0, "second_choice": -1, "confidence": 1.0,
+                          "agreement": 1.0, "distance": 0.0})  # fmt: skip
+    page, folder = tmp_path / "page.html", tmp_path / "sorted"
+    for no_table in ("clusters/assignments.csv", None, list(images.ids)):
+        with pytest.raises(ValueError, match=r"table of type .*: a DataFrame is needed"):
+            temi.apply_names(no_table, {"format": "temi-names-1"})
+        with pytest.raises(ValueError, match=r"table of type .*: a DataFrame is needed"):
+            temi.sort_images(no_table, images, folder)
+        with pytest.raises(ValueError, match=r"table of type .*: a DataFrame is needed"):
+            temi.write_gallery(page, no_table, images)
+    for write in (temi.sort_images, lambda *of: temi.write_gallery(of[2], of[0], of[1])):
+        with pytest.raises(ValueError, match=r"images of type .*Path: an ImageSet is needed"):
+            write(table, tmp_path / "photos", tmp_path / "out")
+    with pytest.raises(ValueError, match='names: a JSON object with "format"'):
+        temi.apply_names(table, ["cats", "dogs"])
+    assert {path.name for path in tmp_path.iterdir()} == {"photos"}
+
+
 def test_names_that_are_numbers_survive_a_file(photos, tmp_path):
     images, table = photos
     names = {"format": "temi-names-1", "names": {str(table["cluster"].iloc[0]): "1990"}}

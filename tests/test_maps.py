@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 import temi
@@ -43,6 +44,25 @@ def test_what_cannot_be_told_apart_is_in_one_place(shape):
 
 def test_a_map_of_one_dimension():
     assert np.isfinite(temi.map_points(np.arange(30, dtype=np.float32)[:, None])).all()
+
+
+def test_a_tensor_is_laid_out_as_its_numbers_are():
+    x, _ = three_crowds(20)
+    np.testing.assert_array_equal(temi.map_points(torch.from_numpy(x)), temi.map_points(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "what"),
+    [
+        (temi.Features.from_array(np.eye(5)), r"x of object \(\)"),
+        (np.ones(5), r"x of float64 \(5,\)"),
+        ([["a", "b"]], r"x of <U1 \(1, 2\)"),
+        (np.array([[1.0, np.nan]] * 5), "NaN"),
+    ],
+)
+def test_what_is_no_array_of_numbers_is_refused(x, what):
+    with pytest.raises(ValueError, match=what):
+        temi.map_points(x)
 
 
 def test_images_drawn_for_the_map_keep_their_place_and_scale():
