@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from temi import distributed
+from temi.embeddings import CHUNK
+from temi.rows import Rows
 
 LARGEST = 2**25  # similarities in memory at a time: 128 MiB in fp32
 ROUNDING = 1e-6  # of a cosine in fp32
@@ -284,17 +286,22 @@ def _exact_in_parts(x: Tensor, k: int, rows: slice) -> tuple[Tensor, Tensor]:
     return indices, similarities
 
 
-def nearest_similarities(queries: Tensor, x: Tensor, k: int) -> Tensor:
+def nearest_similarities(queries: Tensor | Rows, x: Tensor | Rows, k: int) -> Tensor:
     """Cosine similarities [M, k] of queries [M, D] to their nearest rows of ``x`` [N, D].
 
-    The largest first; computed for some queries at a time, as in :func:`nearest_neighbors`.
+    The largest first. Some thousand queries are held against some thousand rows at a time, so that
+    neither need fit in memory.
     """
-    x, queries = F.normalize(x, dim=1), F.normalize(queries, dim=1)
+    compared = LARGEST // CHUNK  # queries
     found = []
-    with distributed.image_bar(len(queries), "neighbours") as bar:
-        for chunk in queries.split(max(1, LARGEST // len(x))):
-            found.append((chunk @ x.T).topk(k).values)
-            bar.update(len(chunk))
+    with distributed.image_bar(-(-len(queries) // compared) * len(x), "similarities") as bar:
+        for chunk in queries.split(compared):
+            chunk, nearest = F.normalize(chunk, dim=1), chunk.new_empty(len(chunk), 0)
+            for part in x.split(CHUNK):
+                similarities = torch.cat([nearest, chunk @ F.normalize(part, dim=1).T], dim=1)
+                nearest = similarities.topk(min(k, similarities.shape[1])).values
+                bar.update(len(part))
+            found.append(nearest)
     return torch.cat(found)
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from temi.backbones import load_backbone
 from temi.cache import embed, load_cached
@@ -16,6 +15,7 @@ from temi.data import ImageSet, load_images
 from temi.embeddings import Features, spaces_of
 from temi.export import assignments, cluster_means
 from temi.neighbors import nearest_similarities
+from temi.rows import Rows
 from temi.runs import Run
 
 NEIGHBORS = 5  # whose mean similarity says how far an image is from those trained on
@@ -108,16 +108,16 @@ def predict_images(
         warnings.warn(f"distance, similarity and outlier are left out: {error}", stacklevel=2)
         table = assignments(run, features)
         return table.assign(distance=np.nan, similarity=np.nan, outlier=pd.NA)
-    known = run.inputs(trained)  # (N, D)
+    known = run.input_rows(trained)  # (N, D)
     centers = cluster_means(known, run.labels, run.config.num_clusters)
     table = assignments(run, features, centers)
     return table.assign(**_novelty(run, features, known))
 
 
-def _novelty(run: Run, features: Features, known: Tensor) -> dict[str, np.ndarray]:
+def _novelty(run: Run, features: Features, known: Rows) -> dict[str, np.ndarray]:
     """Columns that say how far images are from those trained on, [N, D] as the heads see them."""
     k = min(NEIGHBORS, len(known) - 1)
-    similarity = nearest_similarities(run.inputs(features), known, k).mean(dim=1).numpy()
+    similarity = nearest_similarities(run.input_rows(features), known, k).mean(dim=1).numpy()
     rows = torch.linspace(0, len(known) - 1, min(SAMPLE, len(known)), dtype=torch.float64).long()
     among = nearest_similarities(known[rows], known, k + 1)[:, 1:].mean(dim=1)  # without itself
     usual = float(torch.quantile(among, 1 - ORDINARY))

@@ -167,6 +167,15 @@ def test_similarities_are_cosines_whatever_the_lengths(blobs):
     torch.testing.assert_close(nearest_similarities(2 * queries, 3 * x, 2), expected)
 
 
+def test_similarities_of_queries_and_rows_in_parts_are_those_of_all(blobs, monkeypatch):
+    x, queries = blobs[:500], blobs[500:577]
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], x[None], dim=2)
+    expected = cosines.sort(dim=1, descending=True).values[:, :30]
+    monkeypatch.setattr(neighbors, "CHUNK", 20)  # of rows; fewer than the neighbours
+    monkeypatch.setattr(neighbors, "LARGEST", 20 * 10)  # 10 queries at a time
+    torch.testing.assert_close(nearest_similarities(queries, x, 30), expected)
+
+
 def test_copies_are_alike_but_for_rounding():
     x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     groups = temi.near_duplicates(torch.cat([x, 3 * x[:50]]), similarity=1.0)

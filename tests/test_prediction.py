@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +64,25 @@ def test_new_images_get_what_their_features_get(trained, tmp_path):
     among = np.sort(x @ x.T, axis=1)[:, -6:-1].mean(axis=1)
     assert (table["outlier"] == (plain < np.quantile(among, 0.01))).mean() > 0.98
     assert table["outlier"].mean() < 0.1
+
+
+def test_new_images_are_held_against_some_of_those_trained_on_at_a_time(
+    trained, tmp_path, monkeypatch
+):
+    folder = write(tmp_path / "new", DIGITS.images[KNOWN : KNOWN + 100])
+    expected, lengths = predict(trained, folder), []
+
+    def counted(rows, *args, **options):
+        lengths.append(len(rows))
+        return normalize(rows, *args, **options)
+
+    for module in ("rows", "neighbors"):
+        monkeypatch.setattr(f"temi.{module}.CHUNK", 64)
+    monkeypatch.setattr("temi.rows.normalize", counted)
+    monkeypatch.setattr(prediction, "SAMPLE", 50)
+    table = predict(trained, folder)
+    assert max(lengths) == 64
+    pd.testing.assert_frame_equal(table.drop(columns="outlier"), expected.drop(columns="outlier"))
 
 
 def test_noise_is_an_outlier(trained, tmp_path):
@@ -192,13 +212,13 @@ def test_what_is_usual_is_measured_over_all_images(monkeypatch):
     known = Features.from_array(np.concatenate([crowd, spread]))
 
     class Run:
-        def inputs(self, features):
+        def input_rows(self, features):
             return torch.from_numpy(normalize(features.x, "l2"))
 
     new = Features.from_array(rng.normal(size=(40, 8)))
-    expected = prediction._novelty(Run(), new, Run().inputs(known))["outlier"]
+    expected = prediction._novelty(Run(), new, Run().input_rows(known))["outlier"]
     monkeypatch.setattr(prediction, "SAMPLE", 50)  # of 100
-    found = prediction._novelty(Run(), new, Run().inputs(known))["outlier"]
+    found = prediction._novelty(Run(), new, Run().input_rows(known))["outlier"]
     assert found.sum() <= expected.sum() + 5
 
 
