@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import sys
 import warnings
@@ -20,12 +21,20 @@ from pydantic_settings import (
     get_subcommand,
 )
 
-from temi import distributed
+from temi import checkpoints, distributed
 from temi.config import RECIPES, TrainConfig
 from temi.data import holds_embeddings
 from temi.devices import is_out_of_memory
 from temi.extraction import ExtractionConfig
-from temi.files import RESULTS, SETTINGS, absolute, check_writable, read_json, readable_path
+from temi.files import (
+    RESULTS,
+    SETTINGS,
+    absolute,
+    check_writable,
+    expanded,
+    read_json,
+    readable_path,
+)
 from temi.parameters import JobConfig
 
 if TYPE_CHECKING:
@@ -98,7 +107,7 @@ class Cluster(Summary, Training, create_model("Photos", **options(
             raise ValueError(
                 f"folder={self.folder!r}: holds embeddings; 'python -m temi train' takes those"
             )
-        out, folder = absolute(Path(self.out).expanduser()), readable_path(self.folder).resolve()
+        out, folder = absolute(expanded(self.out)), readable_path(self.folder).resolve()
         if folder.is_dir() and out.resolve().is_relative_to(folder):
             raise ValueError(
                 f"out={self.out!r}: lies among the images, and would be taken for some of them; "
@@ -169,8 +178,12 @@ class Predict(Summary):
         import temi
 
         run = Path(self.run) / "run" if readable_path(Path(self.run) / "run").is_dir() else self.run
-        out = absolute(Path(self.out).expanduser())
-        within_run = any((place / SETTINGS).exists() for place in (out, *out.resolve().parents))
+        out = absolute(expanded(self.out))
+        within_run = any(
+            (place / SETTINGS).exists()
+            and ((place / RESULTS).exists() or (place / checkpoints.FOLDER).exists())
+            for place in (out, *out.resolve().parents)
+        )
         if within_run or (out / "run").is_dir():
             raise ValueError(
                 f"out={self.out!r}: holds a run and the tables of its own images; give --out "
@@ -288,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         for a number; 130 after Ctrl-C, when what was computed is kept.
     """
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path is no reason to fail, whatever the locale
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command: Any = get_subcommand(CliApp.run(App, cli_args=given))
     except ValidationError as error:
@@ -312,7 +327,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         resuming = " with --resume auto" if hasattr(command, "resume") else ""
         resuming += " instead of --overwrite" if getattr(command, "overwrite", False) else ""
-        distributed.say(f"stopped; the same command{resuming} goes on")
+        goes_on = f"the same command{resuming} goes on"
+        if getattr(command, "force_recompute", False):
+            goes_on += "; --force-recompute embeds all images once more"
+        distributed.say(f"stopped; {goes_on}")
         return 130
     if distributed.is_first():
         print(json.dumps(summary, indent=2) if command.json_summary else _in_words(summary))

@@ -13,6 +13,7 @@ from torch import nn
 
 from temi import preprocessing
 from temi import weights as pretrained
+from temi.checks import is_whole
 
 DINOV2 = tuple(f"dinov2_vit{s}14{form}" for s in "sblg" for form in ("", "_reg"))
 BACKBONES = ("pixels", "efficientnet_lite0", *DINOV2)
@@ -184,8 +185,10 @@ def load_backbone(
         raise ValueError(f"backbone={name!r}: load each of {spaces(name)} by itself")
     kind, side = named_size(name)
     image_size = side or image_size
-    if image_size is not None and (type(image_size) is not int or image_size < 1):
-        raise ValueError(f"image_size={image_size!r}: a whole number from 1 or None is allowed")
+    if image_size is not None:
+        if not is_whole(image_size) or image_size < 1:
+            raise ValueError(f"image_size={image_size!r}: a whole number from 1 or None is allowed")
+        image_size = int(image_size)
     if weights is not None and kind in ("pixels", "efficientnet_lite0"):
         raise ValueError(f"weights={str(weights)!r}: backbone={name!r} takes none; leave it None")
     if kind == "pixels":

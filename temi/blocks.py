@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from temi.files import read_json, whole_file, write_json
 
 PARTS = "parts"
+IDENTITY = "identity"
 MOST = 256  # blocks, and so processes that can share the work, unless the next allows more
 LARGEST = 65_536  # rows of a block
 COPIED = 2**24  # bytes at a time
@@ -70,6 +72,8 @@ class Blocks:
         batch_size = batch_size or default()
         own = folder / PARTS / f"{name}-{batch_size}"
         own.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # joined by another process meanwhile
+            write_json(own / IDENTITY, identity, shared=True)
         return cls(own, identity, num_rows, batch_size, dtype)
 
     @property

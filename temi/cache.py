@@ -1,5 +1,6 @@
 """Embeddings of images: computed once, cached with a manifest, never used where they are stale."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import tempfile
 import warnings
 from collections import ChainMap
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from temi.backbones import Backbone, load_backbone, named_size, spaces
-from temi.blocks import Blocks, joined_sizes, kept
+from temi.blocks import IDENTITY, Blocks, joined_sizes, kept
+from temi.checks import is_whole
 from temi.data import ImageSet, check_image_set
 from temi.distributed import any_of, from_first, is_first, wait_for_all
 from temi.embeddings import Features, normalize
@@ -34,11 +37,13 @@ from temi.files import (
     write_json,
     write_whole,
 )
+from temi.image_files import ImageFiles
 
 ARRAY = "embeddings.npy"
 IDS = "ids.json"
 MANIFEST = "manifest.json"
 UNREADABLE = "unreadable.csv"
+DENIED = os.strerror(errno.EACCES)  # as a reason why an image cannot be read
 
 
 def embed(
@@ -120,9 +125,10 @@ def embed(
     check_image_set(images)
     config = ExtractionConfig(dtype, batch_size, num_workers, device, precision, on_error, progress)
     parts = []
-    asked = {"image_size": image_size, "weights_file": weights and str(readable_path(weights))}
+    side = int(image_size) if is_whole(image_size) else image_size  # NumPy's are no JSON
+    asked = {"image_size": side, "weights_file": weights and str(readable_path(weights))}
     asked = {key: value for key, value in asked.items() if value is not None}
-    for extractor in _extractors(backbone, weights, image_size):
+    for extractor in _extractors(backbone, weights, side):
         folder = _folder(data_dir, images.name, extractor.name)
         if missing := _fill(images, extractor, folder, config, force_recompute):
             raise OSError(
@@ -324,7 +330,22 @@ def _join_blocks(images: ImageSet, folder: Path, blocks: Blocks, logs: list[dict
         for file in (ARRAY, IDS, UNREADABLE, MANIFEST):
             os.replace(made / file, folder / file)
         blocks.folder.rename(made / "blocks")  # at once, so that nobody takes some for all
-    shutil.rmtree(parts, ignore_errors=True)  # another process may be at the same
+    with suppress(OSError):  # another process may be at the same; or some are wanted
+        for other in parts.iterdir():
+            if not _is_wanted(other, blocks.identity):
+                shutil.rmtree(other, ignore_errors=True)
+        parts.rmdir()
+
+
+def _is_wanted(folder: Path, identity: dict) -> bool:
+    """Whether it holds blocks of the same images by other settings, which may be gone on with."""
+    try:
+        other = read_json(folder / IDENTITY)
+    except (OSError, ValueError):
+        return False
+    same_images = other["dataset_fingerprint"] == identity["dataset_fingerprint"]
+    settings = ("weights", "preprocessing", "dtype")
+    return same_images and any(other[key] != identity[key] for key in settings)
 
 
 def _read(images: ImageSet, folder: Path, config: ExtractionConfig) -> Features:
@@ -360,6 +381,11 @@ def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:
         listed = [f"{len(ids)} images are {what} ({ids[0]} …)" for what, ids in
                   (("new", new), ("gone", gone)) if ids]  # fmt: skip
         return " and ".join(listed) or "images of the same names have changed"
+    denied = [name for name, reason in manifest["unreadable"].items() if reason == DENIED]
+    if isinstance(files := images.images, ImageFiles):  # permissions are not in the fingerprint
+        for name, row in zip(denied, images.rows(denied), strict=True):
+            if files.may_be_read(row):
+                return f"images that could not be read can be now ({name} …)"
     for key, value in wanted.items():
         if manifest.get(key) != value:
             return f"{key} was {manifest.get(key)!r}, is {value!r}"

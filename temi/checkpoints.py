@@ -210,9 +210,18 @@ def keep_latest(folder: Path, epoch: int, best: bool, every: int, limit: int) ->
         link(folder / LATEST, folder / BEST)
     if epoch % every == 0 and limit:
         link(folder / LATEST, folder / f"checkpoint_epoch_{epoch:04d}.pth")
-    kept = sorted(folder.glob("checkpoint_epoch_*.pth"), key=lambda path: (len(path.name), path))
+    named = sorted(folder.glob("checkpoint_epoch_*.pth"), key=lambda path: (len(path.name), path))
+    kept = sorted(named, key=_position_if_whole)  # after a retry, epochs are counted anew
     for path in kept[: max(0, len(kept) - limit)]:
         path.unlink()
+
+
+def _position_if_whole(path: Path) -> Position:
+    """Position of a checkpoint; before all others where it states none."""
+    try:
+        return position_of(path)
+    except CheckpointError:
+        return Position(-1, 0, 0)
 
 
 def link(source: Path, target: Path) -> None:

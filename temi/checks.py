@@ -2,6 +2,7 @@
 
 import functools
 import math
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -40,6 +41,11 @@ def check_types(settings, *names: str) -> None:
         except ValidationError:
             hint = get_type_hints(type(settings), include_extras=True)[name]
             raise ValueError(f"{name}={value!r}: {allowed(hint)} is allowed") from None
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @functools.cache

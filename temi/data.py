@@ -15,6 +15,7 @@ import numpy as np
 from temi.files import readable_path, writable_path
 from temi.image_files import ImageFiles, list_images, readable_name
 
+BOTH = "train+test"  # sub-folders of a folder whose images are taken together
 SPLITS: dict[str, tuple[str, ...]] = {  # the first is taken where none is asked for
     "digits": (),
     "fashion-mnist": ("train", "test", "both"),
@@ -299,7 +300,7 @@ def _folder(name: str, root: Path, split: str | None, labels: str | None) -> Ima
         raise ValueError(f"dataset={name!r}: there is no image in this folder or below it")
     images = ImageFiles(str(root), tuple(files))
     ids = tuple(map(readable_name, files))
-    full_name = str(root / "train+test" if split == "both" else root)
+    full_name = str(root / BOTH if split == "both" else root)
     if labels is None:
         return ImageSet(full_name, images, ids)
     depth = int(split == "both")  # of the folders that are classes

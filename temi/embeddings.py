@@ -192,6 +192,22 @@ def check_images(images: ImageSet | None, features: Features) -> None:
         raise ValueError("images: their order is not that of the embeddings' ids")
 
 
+def check_same_backbone(manifest: dict, trained: dict) -> None:
+    """Raise a ValueError if two manifests name different backbones, weights or preprocessing.
+
+    One's own embeddings may be of any.
+    """
+    for space, known in zip(spaces_of(manifest), spaces_of(trained), strict=False):
+        if "own" in (space["backbone"], known["backbone"]):
+            continue
+        for key in ("backbone", "weights", "preprocessing"):
+            if key in space and key in known and space[key] != known[key]:
+                raise ValueError(
+                    f"backbone={space['backbone']!r}: {key} {space[key]!r} here, {known[key]!r} in "
+                    "the run; the clusters hold for the latter alone"
+                )
+
+
 def checksum(x: np.ndarray) -> str:
     """SHA-256 of an array's numbers, in hexadecimal, whether they fit in memory or not."""
     digest = hashlib.sha256()

@@ -18,7 +18,9 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from temi.config import TrainConfig
 from temi.metrics import neighbor_information
 from temi.neighbors import nearest_neighbors
+from temi.runs import Run
 from temi.training import train
+from temi.trouble import DivergenceError
 
 
 class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, BaseEstimator):
@@ -127,7 +129,10 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         Raises
         ------
         ValueError
-            If rows or settings do not fit, as scikit-learn or :class:`temi.TrainConfig` says.
+            If rows or settings do not fit, as scikit-learn or :class:`temi.TrainConfig` says; or
+            the heads collapse, as there are more clusters than different rows.
+        DivergenceError
+            If they collapse otherwise: a lower ``learning_rate`` helps.
         """
         x = _with_directions(validate_data(self, X, dtype=np.float64, ensure_min_samples=2))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -143,7 +148,7 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
             self.run_, self.n_neighbors_, self.batch_size_ = None, 0, 0
             self.agreement_, labels = np.ones(len(x)), np.zeros(len(x), dtype=np.int64)
         else:
-            run = train(x, config, progress=self.verbose)
+            run = self._train(x, config)
             teacher = copy.deepcopy(run.teacher).double().cpu()
             self.run_ = dataclasses.replace(run, teacher=teacher)
             self.n_neighbors_ = run.config.num_neighbors
@@ -153,6 +158,18 @@ class TEMI(ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin, Base
         self.n_clusters_ = self._n_features_out = len(self._kept)
         self.labels_ = np.searchsorted(self._kept, labels)
         return self
+
+    def _train(self, x: np.ndarray, config: TrainConfig) -> Run:
+        try:
+            return train(x, config, progress=self.verbose)
+        except DivergenceError as error:
+            different = len(np.unique(x, axis=0))
+            if different >= config.num_clusters:
+                raise
+            raise ValueError(
+                f"n_clusters={self.n_clusters}: up to {different} is allowed, as X has no more "
+                "different rows"
+            ) from error
 
     def _config(self, num_rows: int, seed: int) -> TrainConfig:
         try:

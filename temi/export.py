@@ -19,7 +19,7 @@ from tqdm import tqdm
 from temi import ensemble
 from temi.data import ImageSet, check_image_set
 from temi.embeddings import Features, RowNumbers
-from temi.files import absolute, whole_file
+from temi.files import absolute, expanded, whole_file
 from temi.image_files import ImageFiles
 from temi.names import apply_names, check_columns, names_in
 from temi.rows import Rows
@@ -149,7 +149,7 @@ def write_assignments(table: pd.DataFrame, folder: str | Path) -> None:
     OSError
         If a file cannot be written: what stood there before is as it was.
     """
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "assignments.csv") as file:
         table.to_csv(file, index=False, encoding="utf-8", lineterminator="\n")
@@ -203,7 +203,7 @@ def sort_images(
     files = images.images if isinstance(images.images, ImageFiles) else None
     if names is not None:
         table = apply_names(table, names)
-    folder = absolute(Path(folder).expanduser())
+    folder = absolute(expanded(folder))
     check_replaceable(folder)
     part, old = _beside(folder)
     if files is not None:

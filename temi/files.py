@@ -29,19 +29,27 @@ def home() -> Path:
     package is used from a checkout; else the current folder.
     """
     if os.environ.get("TEMI_HOME"):
-        return Path(os.environ["TEMI_HOME"]).expanduser().absolute()
+        return expanded(os.environ["TEMI_HOME"]).absolute()
     checked_out = (CHECKOUT / "pyproject.toml").exists() and (CHECKOUT / "notebooks").is_dir()
     return CHECKOUT if checked_out else Path.cwd()  # site-packages may hold a pyproject.toml
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home folder for its ``~``; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def writable_path(path: str | Path) -> Path:
     """Where a path given for writing leads, if it is not absolute: below :func:`home`."""
-    return absolute(home() / Path(path).expanduser())
+    return absolute(home() / expanded(path))
 
 
 def readable_path(path: str | Path) -> Path:
     """Where a path given for reading leads: from the current folder, else below :func:`home`."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     return absolute(path) if path.exists() else writable_path(path)
 
 

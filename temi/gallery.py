@@ -17,8 +17,9 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from temi.checks import is_whole
 from temi.data import ImageSet, check_image_set
-from temi.files import absolute, whole_file
+from temi.files import absolute, expanded, whole_file
 from temi.image_files import UnreadableImageError, needed_at
 from temi.names import apply_names, check_columns, names_in, read_names
 
@@ -72,10 +73,12 @@ def write_gallery(
         In one line: an argument that does not fit, an image that the set does not hold. (One that
         cannot be read any more stays white, with a warning.)
     OSError
-        If a file cannot be written: the page that stood there before is as it was.
+        If a file cannot be written, or the images' folder is gone: the page that stood there before
+        is as it was.
     """
-    if not isinstance(thumbnail, int) or not 16 <= thumbnail <= 512:
+    if not is_whole(thumbnail) or not 16 <= thumbnail <= 512:
         raise ValueError(f"thumbnail={thumbnail!r}: a whole number from 16 to 512 is allowed")
+    thumbnail = int(thumbnail)  # NumPy's are no JSON
     check_columns(table, *_WHOLE, *_ROUNDED)
     check_image_set(images)
     if not len(table):
@@ -91,7 +94,7 @@ def write_gallery(
     else:
         apply_names(table, names)  # refuses a cluster that there is not
         given, merged = read_names(names)
-    path = absolute(Path(path).expanduser())
+    path = absolute(expanded(path))
     sizes = table["cluster"].map(table["cluster"].value_counts())
     order = np.lexsort((-table["confidence"], table["cluster"], -sizes))
     table = table.iloc[order]

@@ -19,7 +19,10 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # no others: EPS would 
 # documentation (Image.resize, reducing_gap) calls what is then scaled down indistinguishable.
 ENOUGH = 3
 # What fails for want of something, and may succeed the next time: the image stays in.
-_NOT_OF_THE_FILE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+_NOT_OF_THE_FILE = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+)  # fmt: skip
 
 
 class UnreadableImageError(ValueError):
@@ -59,6 +62,10 @@ class ImageFiles:
     def __getitem__(self, index: int) -> np.ndarray:
         """Picture ``index``; see :func:`decode`."""
         return decode(os.path.join(self.root, self.names[index]), self.side)
+
+    def may_be_read(self, index: int) -> bool:
+        """Whether file ``index`` is there, and its permissions let this process read it."""
+        return os.access(os.path.join(self.root, self.names[index]), os.R_OK)
 
     def states(self) -> Iterator[tuple[str, int, int]]:
         """Name, bytes and time of change in ns of each file, for a fingerprint; 0 if it is gone."""
@@ -151,7 +158,8 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
         If the file is gone, no file, empty, no image, broken, or has more than twice the pixels of
         ``PIL.Image.MAX_IMAGE_PIXELS`` (179 million), as a decompression bomb has.
     MemoryError, OSError
-        If memory or open files run out, or a network folder is gone: not for want of the file.
+        If memory or open files run out, or the file's folder is gone or empty, as that of a network
+        folder that went away: not for want of the file.
     """
     try:
         state = os.stat(path)
@@ -175,11 +183,20 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
             f"too large: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
         ) from None
     except OSError as error:
-        if error.errno in _NOT_OF_THE_FILE:
+        if error.errno in _NOT_OF_THE_FILE or (error.errno and _is_empty(os.path.dirname(path))):
             raise
         raise UnreadableImageError(error.strerror or f"broken: {error}") from error
     except Exception as error:  # what the decoders raise at broken content has no common class
         raise UnreadableImageError(f"broken: {type(error).__name__}: {error}") from error
+
+
+def _is_empty(folder: str) -> bool:
+    """Whether a folder holds nothing, or is gone: as that of a drive or share that is."""
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ from scipy.stats import bootstrap, entropy
 from sklearn import metrics as sklearn_metrics
 from sklearn.metrics.cluster import contingency_matrix
 
+DRAWN = 2**24  # rows of resamples in memory at a time: 128 MiB
 SCORES = ("acc", "nmi", "anmi", "ari")
 
 
@@ -184,6 +185,7 @@ def confidence_interval(
     result = bootstrap(
         (labels, classes), score, paired=True, vectorized=False, n_resamples=resamples,
         confidence_level=level, method="percentile", rng=np.random.default_rng(seed),
+        batch=max(1, DRAWN // len(labels)),
     )  # fmt: skip
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
@@ -266,10 +268,10 @@ def neighbor_information(probs: np.ndarray, neighbors: np.ndarray) -> float:
     Raises
     ------
     ValueError
-        If ``probs`` are truth values, whose sums are none.
+        If ``probs`` are truth values or in half precision.
     """
-    if probs.dtype == bool:
-        raise ValueError("probs of type bool: numbers are needed, as probs.astype(float) has")
+    if probs.dtype in (bool, np.float16):  # whose sums are none, or lose what they add up
+        raise ValueError(f"probs of {probs.dtype}: probs.astype('float32') is needed")
     if probs.ndim == 1:
         partners = probs[neighbors].ravel()
         joint = contingency_matrix(np.repeat(probs, neighbors.shape[1]), partners)

@@ -123,7 +123,8 @@ def apply_names(
     -------
     DataFrame
         The table with ``cluster`` and ``second_choice`` after the merges, and a column ``name``:
-        the name of the cluster, its number where it has none. A second choice that was merged into
+        the name of the cluster, its number where ``names`` has none (names that the table brings
+        along are not kept). A second choice that was merged into
         the cluster itself becomes -1.
 
     Raises

@@ -28,10 +28,14 @@ def list_runs(folder: str | Path = "runs") -> pd.DataFrame:
     for path in sorted(readable_path(folder).glob(f"[!.]*/{RESULTS}")):  # hidden: not whole yet
         try:
             results = read_json(path)
+            config = results["config"]
         except ValueError as error:
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
-        settings[path.parent.name] = results["config"]
+        except (KeyError, TypeError):
+            warnings.warn(f"left out: {path}: no record of a run", stacklevel=2)
+            continue
+        settings[path.parent.name] = config
         rows[path.parent.name] = {
             **results["metrics"],
             "epochs_done": len(results["history"]),

@@ -12,7 +12,7 @@ import torch
 from temi.backbones import load_backbone
 from temi.cache import embed, load_cached
 from temi.data import ImageSet, load_images
-from temi.embeddings import Features, spaces_of
+from temi.embeddings import Features, check_same_backbone, spaces_of
 from temi.export import assignments, cluster_means
 from temi.neighbors import nearest_similarities
 from temi.rows import Rows
@@ -92,12 +92,8 @@ def predict_images(
     weights = weights or spaces[0].get("weights_file")
     for space in spaces:
         backbone = load_backbone(space["backbone"], weights=weights, image_size=size)
-        for key in ("weights", "preprocessing"):
-            if getattr(backbone, key) != space[key]:
-                raise ValueError(
-                    f"backbone={space['backbone']!r}: {key} {getattr(backbone, key)!r} here, "
-                    f"{space[key]!r} in the run; the clusters hold for the latter alone"
-                )
+        here = {"weights": backbone.weights, "preprocessing": backbone.preprocessing}
+        check_same_backbone({"backbone": space["backbone"]} | here, space)
     features = embed(
         images, manifest["backbone"], weights=weights, image_size=size, data_dir=data_dir,
         dtype=spaces[0]["dtype"], device=device, on_error=on_error, progress=progress,

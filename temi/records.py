@@ -225,7 +225,7 @@ class Record:
                 images = images.keep(features.ids)
             try:
                 figure = cluster_rows(images.images, run.labels, run.agreement)
-            except UnreadableImageError as error:  # it could be read before the training
+            except (UnreadableImageError, OSError) as error:  # it could be read before the training
                 warnings.warn(f"clusters.png is left out, as an image is: {error}", stacklevel=3)
             else:
                 with whole_file(self.folder / "clusters.png") as file:
@@ -253,12 +253,17 @@ class Record:
 
     def _log_scores(self, results: dict) -> None:
         """Settings with final scores, for TensorBoard's comparison of runs."""
-        settings = {key: value if isinstance(value, (int, float, str)) else str(value)
+        settings = {key: value if isinstance(value, (int, float)) else _as_utf8(str(value))
                     for key, value in results["config"].items()}  # fmt: skip
         scores = {f"final/{name}": value
                   for name, value in results["metrics"].items() if value is not None}  # fmt: skip
         scores["final/loss"] = results["best_head"]["loss"]
         self.writer.add_hparams(settings, scores, run_name=".", global_step=len(results["history"]))
+
+
+def _as_utf8(text: str) -> str:
+    """A path of any bytes as TensorBoard can write it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def position(content: dict) -> checkpoints.Position:

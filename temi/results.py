@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from temi import distributed
 from temi.baselines import kmeans
 from temi.config import TrainConfig
-from temi.data import SPLITS, holds_embeddings
+from temi.data import BOTH, SPLITS, holds_embeddings
 from temi.devices import uses_bf16
 from temi.embeddings import Features, spaces_of
 from temi.metrics import SCORES, cluster_accuracy, cluster_statistics, evaluate
@@ -177,18 +178,25 @@ def _source(features: Features) -> dict:
         source |= {"dataset": name, "split": split}
     elif features.dataset not in SPLITS and features.labels is not None:
         source["labels"] = "folders"
+    folder = Path(source["dataset"])
+    if folder.name == BOTH and not folder.exists():
+        source |= {"dataset": str(folder.parent), "split": "both"}
     first = spaces_of(features.manifest)[0]
     given = {"image_size": first.get("image_size"), "weights": first.get("weights_file")}
     return source | {key: value for key, value in given.items() if value is not None}
 
 
 def _command(run: Run, features: Features) -> str | None:
-    """What repeats the run; None where its embeddings are an array that no file is known of."""
+    """What repeats the run; None where no command finds its images or embeddings."""
     from_file = holds_embeddings(features.dataset)
     if features.backbone == "own" and not from_file:
         return None
-    job = {"dataset": features.dataset} if from_file else _source(features)
-    job = features.manifest.get("job", job) | {"recipe": run.config.recipe} | run.config.changes()
+    job = features.manifest.get("job")
+    if job is None:  # embedded in Python
+        job = {"dataset": features.dataset} if from_file else _source(features)
+        if not (from_file or job["dataset"] in SPLITS or Path(job["dataset"]).is_dir()):
+            return None
+    job = job | {"recipe": run.config.recipe} | run.config.changes()
     job |= {"on_divergence": "retry"} if run.retries else {}
     words = ["python", "-m", "temi", "train", job.pop("dataset")]
     for name, value in job.items():

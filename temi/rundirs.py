@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas as pd
 from filelock import FileLock, Timeout
 
 from temi import checkpoints
@@ -31,12 +32,14 @@ from temi.files import (
     RESULTS,
     SETTINGS,
     check_writable,
+    expanded,
     home,
     path_part,
     read_json,
     readable_path,
     writable_path,
 )
+from temi.image_files import ImageFiles
 from temi.parameters import JobConfig
 from temi.results import run_settings
 
@@ -100,8 +103,8 @@ def plan_run(
     Raises
     ------
     ValueError
-        See :meth:`temi.TrainConfig.resolve`; or what stands in the folder would be lost, or nothing
-        can be written where it would be.
+        See :meth:`temi.TrainConfig.resolve`; or what stands in the folder would be lost or is of
+        other images, it lies among the images, or nothing can be written where it would be.
     """
     dataset = data.name if isinstance(data, ImageSet) else data.dataset
     backbone = job.backbone if isinstance(data, ImageSet) else data.backbone
@@ -109,6 +112,14 @@ def plan_run(
     run_dir = default_run_dir(dataset, backbone + size, config)
     if job.run_dir is not None:
         run_dir = writable_path(job.run_dir)
+    files = data.images if isinstance(data, ImageSet) else None
+    if isinstance(files, ImageFiles) and run_dir.resolve().is_relative_to(
+        Path(files.root).resolve()
+    ):
+        raise ValueError(
+            f"run_dir={str(run_dir)!r}: lies among the images, and its clusters.png would be taken "
+            "for one of them; give a folder elsewhere"
+        )
     resolved = config.resolve(len(data), data.num_classes)
     settings = run_settings(dataset, backbone, resolved)
     if resolved.batch_size != config.batch_size:  # cut to all images, some of them unreadable maybe
@@ -123,8 +134,28 @@ def plan_run(
         now = dict.fromkeys(before) | job.source
         holds = f"run_dir={str(run_dir)!r}: holds a run with"
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
+    if isinstance(data, ImageSet) and not job.overwrite:
+        _refuse(_other_images(place, data), f"run_dir={str(run_dir)!r}: holds a run with")
     check_writable("run_dir", run_dir.parent)
     return resolved, run_dir
+
+
+def _other_images(place: Place, images: ImageSet) -> list[str]:
+    """In words, which images are new or gone since the run that is gone on from or replaced."""
+    run_dir, source = place.run_dir, place.source
+    if source is not None:
+        run_dir = source.parent if source.name == checkpoints.FOLDER else source.parent.parent
+    elif not place.replaces:
+        return []
+    try:
+        table = pd.read_csv(run_dir / "assignments.csv", dtype={"path": str}, keep_default_na=False)
+        left_out = read_json(run_dir / RESULTS)["provenance"]["features"].get("unreadable", ())
+    except (OSError, ValueError, KeyError):  # missing or damaged: nothing says which they were
+        return []
+    before, now = {*table["path"], *left_out}, {*images.ids}
+    parts = [f"{len(names)} {what}: {min(names)}" for names, what in
+             ((now - before, "new"), (before - now, "gone")) if names]  # fmt: skip
+    return [f"other images ({'; '.join(parts)})"] if parts else []
 
 
 def default_run_dir(dataset: str, backbone: str, config: TrainConfig) -> Path:
@@ -169,7 +200,11 @@ def find_place(run_dir: str | Path | None, settings: dict, options: RunOptions) 
         if options.resume == "auto":
             raise ValueError("resume='auto': looks in run_dir; give it, or a checkpoint's path")
         return Place(None, None, resume)
-    run_dir = Path(run_dir).expanduser().resolve()
+    run_dir = expanded(run_dir).resolve()
+    try:
+        str(run_dir).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"run_dir={str(run_dir)!r}: no UTF-8, which TensorBoard needs") from None
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={str(run_dir)!r}: a file; a folder is allowed, or a new name")
     if lock_of(run_dir).exists():  # a killed process leaves the file, but not the lock
@@ -326,7 +361,8 @@ def _find_file(path: str | Path) -> Path:
 def stage(folder: Path) -> str | None:
     """ "finished", "unfinished", or None where there is no run and nothing else either."""
     files = folder.iterdir() if folder.is_dir() else ()
-    if all(path.name.endswith(".part") for path in files):  # stopped while writing the first
+    begun = (f"{SETTINGS}.part", f"{checkpoints.FOLDER}.part")  # stopped while writing the first
+    if all(path.name in begun for path in files):
         return None
     if not (folder / SETTINGS).exists():
         raise ValueError(f"run_dir={str(folder)!r}: holds files but no run; give another run_dir")

@@ -13,7 +13,7 @@ from torch import Tensor
 from temi import checkpoints, ensemble
 from temi.config import TrainConfig
 from temi.data import ImageSet
-from temi.embeddings import Features, as_array
+from temi.embeddings import Features, as_array, check_same_backbone
 from temi.files import readable_path
 from temi.heads import MultiHead
 from temi.rows import Rows, rows_on_demand
@@ -259,10 +259,12 @@ class Run:
         Raises
         ------
         ValueError
-            As for :meth:`inputs`.
+            As for :meth:`inputs`; or they are of another backbone, by their manifests.
         """
         if isinstance(features, Rows):
             return features
+        if isinstance(features, Features):
+            check_same_backbone(features.manifest, self.manifest)
         dtype = "float64" if self.teacher.gain.dtype == torch.float64 else "float32"
         x = as_array(features)
         if x.shape[1] != len(self.mean):

@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import os
 import warnings
 
 import numpy as np
@@ -176,3 +178,38 @@ def test_joined_spaces_keep_each_image_its_label(tmp_path):
     with pytest.warns(UserWarning, match="1 of 6 images left out"):
         both = embed(loaded, "efficientnet_lite0@32+pixels@4", data_dir=tmp_path, progress=False)
     assert [both.class_names[label] for label in both.labels] == [name[0] for name in both.ids]
+
+
+def test_images_that_may_be_read_again_are_embedded(images, tmp_path, monkeypatch):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in range(6):
+        Image.fromarray(images.images[row]).save(folder / f"{row}.png")
+    stat, denied = os.stat, str(folder / "2.png")
+
+    def closed(path, **options):
+        if str(path) == denied:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, **options)
+
+    photos = load_images(folder)
+    fingerprint = photos.fingerprint
+    monkeypatch.setattr("temi.image_files.os.stat", closed)
+    monkeypatch.setattr("temi.image_files.os.access", lambda path, mode: str(path) != denied)
+    monkeypatch.setattr(type(photos), "fingerprint", fingerprint)  # permissions do not change it
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match=r"1 of 6 images left out, .*2\.png: Permission den"):
+            assert len(embed(photos, data_dir=tmp_path)) == 5
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match=r"images that could not be read can be now \(2\.png"):
+        assert len(embed(photos, data_dir=tmp_path)) == 6
+    assert embed(photos, data_dir=tmp_path).ids == photos.ids
+
+
+def test_a_size_that_numpy_computed(images, tmp_path):
+    few = images.keep(images.ids[:20])
+    features = embed(few, image_size=np.int64(6), data_dir=tmp_path)
+    assert features.x.shape == (20, 108)
+    json.dumps(features.manifest)
+    with pytest.raises(ValueError, match="image_size=True: a whole number"):
+        embed(few, image_size=True, data_dir=tmp_path)

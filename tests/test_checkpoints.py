@@ -153,6 +153,20 @@ def test_the_emergency_checkpoint_stays_until_the_next_one_is_whole(path, monkey
     assert not emergency.exists()
 
 
+def test_what_is_kept_after_a_retry_is_of_the_retry(path):
+    for retries, last in ((0, 4), (1, 3)):
+        for epoch in range(1, last + 1):
+            checkpoints.save_latest(path.parent, CONTENT, Position(retries, epoch, 0))
+            checkpoints.keep_latest(path.parent, epoch, best=False, every=1, limit=2)
+    kept = sorted(path.parent.glob("checkpoint_epoch_*"))
+    assert [checkpoints.position_of(p) for p in kept] == [(1, 2, 0), (1, 3, 0)]
+    kept[1].write_bytes(b"damaged")
+    checkpoints.save_latest(path.parent, CONTENT, Position(1, 4, 0))
+    checkpoints.keep_latest(path.parent, 4, best=False, every=1, limit=2)
+    kept = sorted(path.parent.glob("checkpoint_epoch_*"))
+    assert [checkpoints.position_of(p) for p in kept] == [(1, 2, 0), (1, 4, 0)]
+
+
 def test_the_oldest_go_first_past_ten_thousand_epochs_too(path):
     for epoch in (9998, 9999, 10000):
         checkpoints.keep_latest(path.parent, epoch, best=False, every=1, limit=2)

@@ -140,3 +140,9 @@ def test_settings_of_the_estimator_reach_the_training():
         num_clusters=2, recipe="paper", num_heads=3, beta=0.7, num_neighbors=4, batch_size=20,
         learning_rate=1e-3, epochs=5, normalize="l2", seed=6, device="cpu",
     )  # fmt: skip
+
+
+def test_more_clusters_than_different_rows_are_too_many():
+    x = np.repeat(np.random.default_rng(0).normal(size=(3, 6)), 40, axis=0)
+    with pytest.raises(ValueError, match="n_clusters=8: up to 3 is allowed, as X has no more"):
+        temi.TEMI(8, random_state=0).fit(x)

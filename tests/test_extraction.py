@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -313,12 +314,25 @@ def test_a_process_that_another_was_faster_than_takes_its_embeddings(
 
 
 def test_embeddings_that_another_process_has_put_there_meanwhile_are_held_against_what_is_wanted(
-    folder, tmp_path, use, overtaken
+    folder, tmp_path, use, overtaken, monkeypatch
 ):
     use(tiny())
-    overtaken(**options(tmp_path) | {"dtype": "float32"})
-    with pytest.raises(OSError, match="another process has put others there: dtype"):
-        embed(load_images(str(folder)), "tiny", **options(tmp_path) | {"dtype": "float16"})
+    for name in ("check_precision", "half_precision"):  # not every processor runs bfloat16
+        monkeypatch.setattr(extraction, name, lambda *_: nullcontext())
+    overtaken(**options(tmp_path, precision="bf16"))
+    with pytest.raises(OSError, match="another process has put others there: precision"):
+        embed(load_images(str(folder)), "tiny", **options(tmp_path, precision="fp32"))
+
+
+def test_what_is_computed_by_other_settings_meanwhile_does_not_disturb(
+    folder, tmp_path, use, overtaken
+):
+    images = embedded_whole(folder, tmp_path, use)
+    use(tiny())
+    overtaken(**options(tmp_path, dtype="float32"))
+    assert embed(images, "tiny", **options(tmp_path)).x.dtype == np.float16
+    assert stored(tmp_path) == stored(tmp_path / "whole")
+    assert not list(tmp_path.rglob("cache/**/parts"))
 
 
 def test_killed_three_times_gives_the_file_of_an_uninterrupted_run(folder, tmp_path, use):
@@ -394,3 +408,31 @@ def test_what_waits_in_memory_is_bounded(folder, tmp_path, use, monkeypatch):
     monkeypatch.setattr(extraction, "SAVE_BYTES", 8 * 5 * 2 + 1)  # more than one batch has
     embed(load_images(str(folder)), "tiny", **options(tmp_path))
     assert len(saves) == 5  # after every second batch of eight, and at the end
+
+
+def test_a_folder_that_goes_away_stops_and_loses_nothing(folder, tmp_path, use):
+    images, away = load_images(str(folder)), folder.with_name("away")
+    backbone = use(tiny())
+    forward = backbone.model.forward
+
+    def unplugged(pixels):
+        if folder.exists():
+            folder.rename(away)
+        return forward(pixels)
+
+    backbone.model.forward = unplugged
+    with pytest.raises(FileNotFoundError):
+        embed(images, "tiny", **options(tmp_path))
+    away.rename(folder)
+    backbone.model.forward = forward
+    calls = backbone.model.calls
+    assert embed(images, "tiny", **options(tmp_path)).ids == images.ids
+    assert backbone.model.calls == calls + 7  # of 8 batches
+
+
+def test_a_single_file_that_is_gone_is_left_out(folder, tmp_path, use):
+    images = load_images(str(folder))
+    use(tiny())
+    (folder / images.ids[3]).unlink()
+    with pytest.warns(UserWarning, match="1 of 60 images left out"):
+        assert len(embed(images, "tiny", **options(tmp_path))) == 59

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+import temi
 from temi import files
 from temi.files import (
     home,
     path_part,
     read_json,
+    readable_path,
     sha256,
     whole_file,
     writable_path,
@@ -98,3 +100,11 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "below")
     assert writable_path(tmp_path / "link") == tmp_path / "link"
     assert writable_path(tmp_path / "link" / ".." / "x") == tmp_path / "elsewhere" / "x"
+
+
+def test_a_tilde_of_nobody_is_a_name_like_any_other(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~old photos").mkdir()
+    assert readable_path("~old photos") == tmp_path / "~old photos"
+    with pytest.raises(ValueError, match=r"dataset='~nobody/x': one of .* is allowed"):
+        temi.load_images("~nobody/x")

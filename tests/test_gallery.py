@@ -408,5 +408,6 @@ def test_a_gallery_with_its_files_beside_it(photos, tmp_path, open_page, monkeyp
     images, table = photos
     monkeypatch.setattr(gallery, "INLINE", 100)
     monkeypatch.setattr(gallery, "PACK", 50)
-    temi.write_gallery(tmp_path / "g.html", table, images)
-    assert loaded(open_page(tmp_path / "g.html")) > 100
+    for name in ("g.html", "photos #1, 100%?.html"):
+        temi.write_gallery(tmp_path / name, table, images)
+        assert loaded(open_page(tmp_path / name)) > 100

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -199,6 +201,11 @@ def test_folders_that_would_mix_with_others_are_refused(photos, tmp_path, capsys
     assert main(["cluster", str(photos), *sort, *QUICK]) == 1
     assert "holds files that sort_images did not write" in capsys.readouterr().err
     assert not (tmp_path / "mine" / "run").exists()  # before any work
+    for run_dir in (photos / "run", photos / ".." / photos.name / "run"):
+        given = ["--run-dir", str(run_dir), "--num-clusters", "4", *QUICK]
+        assert main(["train", str(photos), *given]) == 1
+        assert "lies among the images, and its clusters.png would be" in capsys.readouterr().err
+    assert not (photos / "run").exists()
     (tmp_path / "grouped" / "run").mkdir(parents=True)
     assert main(["predict", "anything", str(photos), "--out", str(tmp_path / "grouped")]) == 1
     assert "holds a run and the tables of its own images" in capsys.readouterr().err
@@ -348,3 +355,53 @@ def test_sorted_as_asked_for(photos, tmp_path):
     command = ["cluster", str(photos), "--out", "out", "--num-clusters", "3", "--no-map"]
     assert main([*command, *QUICK, "--sort", "symlink"]) == 0
     assert all(path.is_symlink() for path in (tmp_path / "out" / "sorted").rglob("*.png"))
+
+
+def test_a_settings_file_of_another_program_is_no_run(photos, tmp_path, capsys):
+    assert main(["cluster", str(photos), "--num-clusters", "4", "--no-map", *QUICK]) == 0
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["predict", "clusters", str(photos), "--out", "predicted"]) == 0, (
+        capsys.readouterr()
+    )
+    assert (tmp_path / "predicted" / "assignments.csv").exists()
+
+
+@pytest.mark.filterwarnings("ignore:1 of 201 images left out")
+def test_new_images_are_noticed_before_they_are_embedded(photos, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "growing"
+    shutil.copytree(photos, folder)
+    command = ["cluster", str(folder), "--num-clusters", "4", "--no-map", *QUICK]
+    (folder / "broken.png").write_bytes(b"no image")  # left out, which is no difference
+    assert main(command) == 0
+    assert main(command) == 0
+    Image.fromarray(DIGITS.images[0]).save(folder / "new.png")
+    (folder / "0000.png").unlink()
+    monkeypatch.setattr(temi.parameters, "embed", lambda *_, **__: 1 / 0)
+    for more in ([], ["--resume", "auto"]):
+        assert main([*command, *more]) == 1
+        message = "holds a run with other images (1 new: new.png; 1 gone: 0000.png); give overwrite"
+        assert message in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        main([*command, "--overwrite"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="paths of any bytes")
+def test_a_folder_of_any_name(photos, tmp_path, capsys):
+    folder = tmp_path / "caf\udce9"
+    shutil.copytree(photos, folder)
+    given = ["--num-clusters", "4", "--no-map", *QUICK]
+    assert main(["cluster", str(folder), "--out", "out", *given]) == 0, capsys.readouterr()
+    assert (tmp_path / "out" / "gallery.html").exists()
+    assert main(["cluster", str(photos), "--out", str(folder / ".." / "\udce9"), *given]) == 1
+    assert "no UTF-8, which TensorBoard needs" in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_show_a_name(photos, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "temi", "cluster", str(photos), "--num-clusters", "4", "--no-map",
+         "--out", "\u7d44", *QUICK],
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert rb"\u7d44" in done.stdout
+    assert (tmp_path / "\u7d44" / "gallery.html").exists()

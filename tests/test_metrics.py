@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -7,6 +8,7 @@ from scipy.stats import bootstrap
 from sklearn import metrics as sklearn_metrics
 from sklearn.cluster import KMeans
 
+from temi import metrics
 from temi.baselines import kmeans
 from temi.embeddings import normalize
 from temi.metrics import (
@@ -172,6 +174,18 @@ def test_confidence_interval_is_that_of_a_proportion():
     assert low < cluster_accuracy(labels, truth) < high
 
 
+def test_confidence_interval_of_many_images_takes_the_memory_of_some(monkeypatch):
+    truth = np.tile([0, 1], 500)
+    labels = np.where(np.arange(1000) % 5 == 0, 1 - truth, truth)
+    expected = confidence_interval(labels, truth, resamples=50)
+    monkeypatch.setattr(metrics, "DRAWN", 3000)
+    tracemalloc.start()
+    assert confidence_interval(labels, truth, resamples=50) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * 1000 * 8  # bytes of all resamples
+
+
 def test_a_series_is_not_read_by_its_index():
     x, labels = np.eye(20, 3) + 1, np.arange(20) % 2
     with pytest.raises(ValueError, match="labels of type Series: a NumPy array is needed"):
@@ -217,6 +231,11 @@ def test_neighbor_information_against_a_plain_loop():
     rows, columns = joint.sum(axis=1, keepdims=True), joint.sum(axis=0, keepdims=True)
     expected = (joint * np.log(joint / (rows * columns))).sum()
     assert neighbor_information(probs, neighbors) == pytest.approx(expected, rel=1e-6)
+
+
+def test_neighbor_information_refuses_half_precision():
+    with pytest.raises(ValueError, match=r"probs of float16: probs\.astype\('float32'\)"):
+        neighbor_information(np.eye(6, dtype=np.float16), np.zeros((6, 1), dtype=int))
 
 
 def test_neighbor_information_of_labels_is_scikit_learns():
@@ -273,7 +292,7 @@ def test_what_would_give_no_score_is_refused():
             confidence_interval(labels, labels, level=level)
     with pytest.raises(ValueError, match="sample=-5: a whole number from 2"):
         silhouette(x, labels, sample=-5)
-    with pytest.raises(ValueError, match="probs of type bool: numbers are needed"):
+    with pytest.raises(ValueError, match=r"probs of bool: probs\.astype"):
         neighbor_information(np.eye(4, dtype=bool)[labels], np.zeros((40, 1), dtype=int))
 
 

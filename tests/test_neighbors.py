@@ -27,6 +27,15 @@ def test_agrees_with_scikit_learn(rows, k, chunk_size):
     np.testing.assert_allclose(similarities, 1 - distances, atol=1e-12)
 
 
+@pytest.mark.parametrize("count", [5, 13, 33])
+def test_neighbours_are_rows_that_there_are_even_if_all_are_unlike(count):
+    x = torch.eye(count, dtype=torch.float64) - 1 / count  # cosines all below 0
+    indices, similarities = nearest_neighbors(x, count - 1)
+    others = [sorted({*range(count)} - {row}) for row in range(count)]
+    assert indices.sort(dim=1).values.tolist() == others
+    torch.testing.assert_close(similarities, torch.full_like(similarities, -1 / (count - 1)))
+
+
 def test_a_copy_may_be_a_neighbour_but_not_the_row_itself():
     x = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0.5, 1]])
     indices, _ = nearest_neighbors(x, 1)

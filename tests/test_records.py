@@ -129,6 +129,24 @@ def test_no_command_repeats_a_run_on_given_neighbors(tmp_path):
         assert given["command"] is None
 
 
+@pytest.mark.parametrize(
+    ("dataset", "found"), [("mine", None), ("/nowhere/train+test", None), ("digits", "digits")]
+)
+def test_a_command_is_of_images_that_it_finds(dataset, found, tmp_path):
+    manifest = FEATURES.manifest | {"dataset": dataset, "backbone": "pixels"}
+    start(tmp_path / "run", features=dataclasses.replace(FEATURES, manifest=manifest))
+    command = results(tmp_path / "run")["provenance"]["command"]
+    assert (command or "python -m temi train None").split()[4] == str(found)
+
+
+def test_the_command_of_both_splits_of_a_folder(tmp_path):
+    manifest = FEATURES.manifest | {"dataset": f"{tmp_path}/train+test", "backbone": "pixels"}
+    start(tmp_path / "run", features=dataclasses.replace(FEATURES, manifest=manifest))
+    command = results(tmp_path / "run")["provenance"]["command"]
+    assert command.startswith(f"python -m temi train {tmp_path} --backbone pixels")
+    assert "--split both" in command
+
+
 def test_names_of_the_checkpoints(tmp_path):
     run = start(tmp_path / "run", checkpoint_every=2)
     held = {
@@ -299,6 +317,10 @@ def test_a_damaged_record_is_named_and_can_be_overwritten(tmp_path):
     (tmp_path / "run" / "final_results.json").write_text("{")
     with pytest.warns(UserWarning, match=r"left out: .*final_results\.json: damaged"):
         assert list(list_runs(tmp_path).index) == ["other"]
+    (tmp_path / "run" / "final_results.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"left out: .*final_results\.json: no record of a run"):
+        assert list(list_runs(tmp_path).index) == ["other"]
+    (tmp_path / "run" / "final_results.json").write_text("")
     with pytest.raises(ValueError, match="holds an unfinished run"):
         start(tmp_path / "run")
     start(tmp_path / "run", overwrite=True)
@@ -312,6 +334,11 @@ def test_what_a_kill_left_of_a_first_file_does_not_block_the_folder(tmp_path):
     (tmp_path / "run" / "config.json.part").touch()
     start(tmp_path / "run")
     assert results(tmp_path / "run")["finished"]
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "holiday.mp4.part").touch()
+    with pytest.raises(ValueError, match="holds files but no run"):
+        start(tmp_path / "films")
+    assert (tmp_path / "films" / "holiday.mp4.part").exists()
 
 
 def test_another_device_may_go_on():

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from temi.cache import embed
 from temi.config import TrainConfig
 from temi.data import load_images
 from temi.embeddings import Features
-from temi.export import sort_images
+from temi.export import assignments, sort_images
 from temi.metrics import SCORES, evaluate
 from temi.overview import list_runs, summary
 from temi.parameters import JobConfig
@@ -74,12 +75,17 @@ def test_the_command_in_the_record_has_the_settings_of_the_run(finished):
         ),
     ],
 )
-def test_the_command_of_what_python_embedded_embeds_it_again(manifest, words, tmp_path):
+def test_the_command_of_what_python_embedded_embeds_it_again(
+    manifest, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos-both").mkdir()
+    run_dir = tmp_path / "run"
     x = np.repeat(np.eye(3, dtype=np.float32), 20, axis=0)
     manifest = {"backbone": "dinov2_vits14", "sha256": "0"} | manifest
     features = Features(x, [*map(str, range(60))], manifest, np.arange(60) // 20, ("a", "b", "c"))
-    train(features, dataclasses.replace(QUICK, epochs=10), run_dir=tmp_path, progress=False)
-    recorded = json.loads((tmp_path / "final_results.json").read_text())["provenance"]["command"]
+    train(features, dataclasses.replace(QUICK, epochs=10), run_dir=run_dir, progress=False)
+    recorded = json.loads((run_dir / "final_results.json").read_text())["provenance"]["command"]
     assert recorded.startswith(f"python -m temi train {words.format('dinov2_vits14')} --recipe")
 
 
@@ -446,3 +452,19 @@ def test_of_two_heads_the_one_of_the_lower_loss_breaks_all_ties(finished, featur
     )
     np.testing.assert_array_equal(again.labels, heads[best])
     np.testing.assert_array_equal(again.alignment[best], range(10))
+
+
+def test_embeddings_of_another_backbone_are_refused(tmp_path):
+    known = {"dataset": "d", "backbone": "dinov2_vits14", "weights": "a", "preprocessing": "224 px"}
+    x = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
+    config = dataclasses.replace(QUICK, num_clusters=4)
+    run = train(Features(x, range(120), known), config, progress=False)
+    labels = run.predict(Features(x, range(120), known | {"dataset": "others"}))
+    np.testing.assert_array_equal(labels, run.labels)
+    np.testing.assert_array_equal(run.predict(x), run.labels)  # of which nothing is known
+    np.testing.assert_array_equal(run.predict(Features.from_array(x)), run.labels)
+    for key in ("backbone", "weights", "preprocessing"):
+        other = Features(x, range(120), known | {key: "another"})
+        for ask in (run.predict, run.inputs, partial(assignments, run)):
+            with pytest.raises(ValueError, match=f"{key} 'another' here, '{known[key]}' in the"):
+                ask(other)
