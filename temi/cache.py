@@ -118,7 +118,8 @@ def embed(
         If a name, a size or the weights do not fit, an image cannot be read (with
         ``on_error="stop"``), none can, or an embedding is not finite.
     OSError
-        If weights are not there or a download fails; says what to fetch by hand.
+        If weights are not there or a download fails; says what to fetch by hand. Or if the images'
+        folder goes away meanwhile; what was embedded is kept.
     MemoryError
         If embedding a single image does not fit into the device's memory.
     """

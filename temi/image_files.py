@@ -183,8 +183,11 @@ def decode(path: str, side: int | None = None) -> np.ndarray:
             f"too large: more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels"
         ) from None
     except OSError as error:
-        if error.errno in _NOT_OF_THE_FILE or (error.errno and _is_empty(os.path.dirname(path))):
+        if error.errno in _NOT_OF_THE_FILE:
             raise
+        if error.errno and _is_empty(os.path.dirname(path)):
+            reason = f"{error.strerror}, nor anything else there: bring the folder back, and go on"
+            raise OSError(error.errno, reason, path) from error
         raise UnreadableImageError(error.strerror or f"broken: {error}") from error
     except Exception as error:  # what the decoders raise at broken content has no common class
         raise UnreadableImageError(f"broken: {type(error).__name__}: {error}") from error

@@ -421,7 +421,7 @@ def test_a_folder_that_goes_away_stops_and_loses_nothing(folder, tmp_path, use):
         return forward(pixels)
 
     backbone.model.forward = unplugged
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nor anything else there: bring the folder back"):
         embed(images, "tiny", **options(tmp_path))
     away.rename(folder)
     backbone.model.forward = forward
