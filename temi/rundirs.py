@@ -112,14 +112,7 @@ def plan_run(
     run_dir = default_run_dir(dataset, backbone + size, config)
     if job.run_dir is not None:
         run_dir = writable_path(job.run_dir)
-    files = data.images if isinstance(data, ImageSet) else None
-    if isinstance(files, ImageFiles) and run_dir.resolve().is_relative_to(
-        Path(files.root).resolve()
-    ):
-        raise ValueError(
-            f"run_dir={str(run_dir)!r}: lies among the images, and its clusters.png would be taken "
-            "for one of them; give a folder elsewhere"
-        )
+    check_outside(run_dir, data if isinstance(data, ImageSet) else None)
     resolved = config.resolve(len(data), data.num_classes)
     settings = run_settings(dataset, backbone, resolved)
     if resolved.batch_size != config.batch_size:  # cut to all images, some of them unreadable maybe
@@ -138,6 +131,17 @@ def plan_run(
         _refuse(_other_images(place, data), f"run_dir={str(run_dir)!r}: holds a run with")
     check_writable("run_dir", run_dir.parent)
     return resolved, run_dir
+
+
+def check_outside(run_dir: str | Path | None, images: ImageSet | None) -> None:
+    """Raise a ValueError if a run would grow among its images, as one of which its picture ends."""
+    if run_dir is None or images is None or not isinstance(images.images, ImageFiles):
+        return
+    if expanded(run_dir).resolve().is_relative_to(Path(images.images.root).resolve()):
+        raise ValueError(
+            f"run_dir={str(run_dir)!r}: lies among the images, and its clusters.png would be taken "
+            "for one of them; give a folder elsewhere"
+        )
 
 
 def _other_images(place: Place, images: ImageSet) -> list[str]:

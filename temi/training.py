@@ -30,7 +30,7 @@ from temi.neighbors import check_neighbors, mutual_neighbors, search_neighbors
 from temi.records import Record
 from temi.results import accuracies, run_settings
 from temi.rows import Rows, choose_place, prepared_rows, rows_per_block
-from temi.rundirs import Place, check_origin, check_resumable, find_place
+from temi.rundirs import Place, check_origin, check_outside, check_resumable, find_place
 from temi.runs import Run
 from temi.state import Training
 from temi.steps import draw_pairs, teacher_temp_at
@@ -95,10 +95,11 @@ def train(
     ValueError
         Before any work, if the embeddings are not finite rows [N, D] with a direction, if images,
         clusters, neighbours or batch do not fit their number, if several processes cannot share the
-        batch equally, if ``run_dir`` holds something that would be lost or another process trains
-        there, or if ``resume`` names no whole checkpoint of the same data and settings. More epochs
-        are no other setting, where the schedule is constant. What would be lost is an unfinished
-        run, and a finished one of other settings, embeddings or given neighbours.
+        batch equally, if ``run_dir`` lies among the images, holds something that would be lost or
+        another process trains there, or if ``resume`` names no whole checkpoint of the same data
+        and settings. More epochs are no other setting, where the schedule is constant. What would
+        be lost is an unfinished run, and a finished one of other settings, embeddings or given
+        neighbours.
     temi.trouble.DivergenceError
         A FloatingPointError: a loss or gradient is not finite, or clusters have collapsed, and
         ``on_divergence`` is "stop" or five retries did not help.
@@ -115,6 +116,7 @@ def train(
         features = Features.from_array(features)
     check_embeddings(features.x)
     check_images(images, features)
+    check_outside(run_dir, images)
     if options.best_by == "accuracy" and features.labels is None:
         raise ValueError("best_by='accuracy': these embeddings have no labels; 'loss' is allowed")
     given = None if neighbors is None else check_neighbors(neighbors, len(features))

@@ -364,9 +364,12 @@ def test_images_that_are_gone_at_the_end_cost_the_picture_alone(tmp_path):
     for row in range(len(X)):
         Image.new("L", (4, 4), row).save(tmp_path / "photos" / f"{row:03d}.png")
     images = load_images(str(tmp_path / "photos"))
-    shutil.rmtree(tmp_path / "photos")
     features = dataclasses.replace(Features.from_array(X), ids=images.ids)
     config = dataclasses.replace(SMALL, num_clusters=4)
+    with pytest.raises(ValueError, match=r"lies among the images, and its clusters\.png would be"):
+        start(tmp_path / "photos" / "run", config, features, images=images)
+    assert not (tmp_path / "photos" / "run").exists()
+    shutil.rmtree(tmp_path / "photos")
     with pytest.warns(UserWarning, match=r"clusters\.png is left out"):
         start(tmp_path / "run", config, features, images=images)
     assert results(tmp_path / "run")["finished"]
