@@ -383,9 +383,9 @@ def _difference(images: ImageSet, folder: Path, wanted: dict[str, str]) -> str:
                   (("new", new), ("gone", gone)) if ids]  # fmt: skip
         return " and ".join(listed) or "images of the same names have changed"
     denied = [name for name, reason in manifest["unreadable"].items() if reason == DENIED]
-    if isinstance(files := images.images, ImageFiles):  # permissions are not in the fingerprint
+    if denied and isinstance(files := images.images, ImageFiles):  # no part of the fingerprint
         for name, row in zip(denied, images.rows(denied), strict=True):
-            if files.may_be_read(row):
+            if files.opens(row):
                 return f"images that could not be read can be now ({name} …)"
     for key, value in wanted.items():
         if manifest.get(key) != value:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from temi.backbones import BACKBONES, check_patches, named_size, spaces
+from temi.checks import is_whole
 from temi.config import TrainConfig
 from temi.neighbors import EXACT_UP_TO
 
@@ -220,7 +221,7 @@ def estimate_costs(
 
 
 def _check_number(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
+    if not is_whole(value) or value < 1:
         raise ValueError(f"{name}={value!r}: a whole number from 1 is allowed")
 
 

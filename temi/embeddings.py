@@ -193,15 +193,16 @@ def check_images(images: ImageSet | None, features: Features) -> None:
 
 
 def check_same_backbone(manifest: dict, trained: dict) -> None:
-    """Raise a ValueError if two manifests name different backbones, weights or preprocessing.
+    """Raise a ValueError if two manifests differ in weights or preprocessing.
 
-    One's own embeddings may be of any.
+    Where they name none, in the backbone. One's own embeddings may be of any.
     """
     for space, known in zip(spaces_of(manifest), spaces_of(trained), strict=False):
         if "own" in (space["backbone"], known["backbone"]):
             continue
-        for key in ("backbone", "weights", "preprocessing"):
-            if key in space and key in known and space[key] != known[key]:
+        keys = [key for key in ("weights", "preprocessing") if key in space and key in known]
+        for key in keys or ["backbone"]:  # which may be called NAME or NAME@SIZE
+            if space[key] != known[key]:
                 raise ValueError(
                     f"backbone={space['backbone']!r}: {key} {space[key]!r} here, {known[key]!r} in "
                     "the run; the clusters hold for the latter alone"

@@ -63,9 +63,14 @@ class ImageFiles:
         """Picture ``index``; see :func:`decode`."""
         return decode(os.path.join(self.root, self.names[index]), self.side)
 
-    def may_be_read(self, index: int) -> bool:
-        """Whether file ``index`` is there, and its permissions let this process read it."""
-        return os.access(os.path.join(self.root, self.names[index]), os.R_OK)
+    def opens(self, index: int) -> bool:
+        """Whether file ``index`` can be opened; ``os.access`` knows not all that forbids it."""
+        try:
+            with open(os.path.join(self.root, self.names[index]), "rb") as file:
+                file.read(1)
+        except OSError:
+            return False
+        return True
 
     def states(self) -> Iterator[tuple[str, int, int]]:
         """Name, bytes and time of change in ns of each file, for a fingerprint; 0 if it is gone."""

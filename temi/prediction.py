@@ -100,6 +100,8 @@ def predict_images(
     )  # fmt: skip
     try:
         trained = load_cached(manifest, data_dir)
+        if len(trained) != len(run.labels):
+            raise ValueError(f"the run was trained on {len(run.labels)} of {len(trained)} rows")
     except ValueError as error:
         warnings.warn(f"distance, similarity and outlier are left out: {error}", stacklevel=2)
         table = assignments(run, features)

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from temi import checkpoints
 from temi.config import RunOptions, TrainConfig
-from temi.data import ImageSet
+from temi.data import BOTH, ImageSet
 from temi.embeddings import Features, spaces_of
 from temi.files import (
     RESULTS,
@@ -128,7 +128,9 @@ def plan_run(
         holds = f"run_dir={str(run_dir)!r}: holds a run with"
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
     if isinstance(data, ImageSet) and not job.overwrite:
-        _refuse(_other_images(place, data), f"run_dir={str(run_dir)!r}: holds a run with")
+        _refuse(
+            _other_images(place, data), f"run_dir={str(run_dir)!r}: holds a run with", data=True
+        )
     check_writable("run_dir", run_dir.parent)
     return resolved, run_dir
 
@@ -137,7 +139,12 @@ def check_outside(run_dir: str | Path | None, images: ImageSet | None) -> None:
     """Raise a ValueError if a run would grow among its images, as one of which its picture ends."""
     if run_dir is None or images is None or not isinstance(images.images, ImageFiles):
         return
-    if expanded(run_dir).resolve().is_relative_to(Path(images.images.root).resolve()):
+    folder, root = expanded(run_dir).resolve(), Path(images.images.root).resolve()
+    if not folder.is_relative_to(root):
+        return
+    below = folder.relative_to(root).parts
+    beside_both = images.name.endswith(BOTH) and below and below[0] not in ("train", "test")
+    if not beside_both and not any(part.startswith(".") for part in below):  # looked into
         raise ValueError(
             f"run_dir={str(run_dir)!r}: lies among the images, and its clusters.png would be taken "
             "for one of them; give a folder elsewhere"
@@ -255,7 +262,7 @@ def check_origin(place: Place, options: RunOptions, manifest: dict, neighbors: s
     )
     found = ["other embeddings"] * (before != now)
     found += ["other neighbours"] * (kept.get("neighbors") != neighbors)
-    _refuse(found, f"run_dir={str(place.run_dir)!r}: holds a run with")
+    _refuse(found, f"run_dir={str(place.run_dir)!r}: holds a run with", data=True)
 
 
 def part_of(run_dir: Path) -> Path:
@@ -314,12 +321,11 @@ def check_resumable(
 
     Data are the checksums of the embeddings and, where they are given, of the neighbours.
     """
-    found = not_resumable(content["config"], settings)
-    if content["fingerprint"] != fingerprint:
-        found.append("other embeddings")
-    if content.get("neighbors") != neighbors:
-        found.append("other neighbours")
-    _refuse(found, "resume: the checkpoint is of a run with")
+    of = "resume: the checkpoint is of a run with"
+    _refuse(not_resumable(content["config"], settings), of)
+    found = ["other embeddings"] * (content["fingerprint"] != fingerprint)
+    found += ["other neighbours"] * (content.get("neighbors") != neighbors)
+    _refuse(found, of, data=True)
     if content["epoch"] > settings["epochs"]:
         raise ValueError(
             f"epochs={settings['epochs']}: the checkpoint has {content['epoch']} behind it; that "
@@ -346,11 +352,14 @@ def differences(before: dict, now: dict, *ignored: str) -> list[str]:
     ]
 
 
-def _refuse(found: list[str], what: str) -> None:
+def _refuse(found: list[str], what: str, data: bool = False) -> None:
+    """Raise a ValueError if settings differ, or the data do, with which no run goes on."""
+    remedies = (
+        "or another run_dir" if data else "another run_dir, or its settings and resume='auto'"
+    )
     if found:
         raise ValueError(
-            f"{what} {', '.join(found)}; give overwrite=True to start anew, another run_dir, or "
-            "its settings and resume='auto'"
+            f"{what} {', '.join(found)}; give overwrite=True to start anew, {remedies}"
         )
 
 

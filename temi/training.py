@@ -293,6 +293,7 @@ def run_epoch(
     for step in range(training.step, len(pairs) if until is None else until):
         if signals and distributed.any_of(signals.received is not None):
             training.seconds = time.perf_counter() - clock
+            check_left(training, finite, len(pairs))
             return False
         number = training.epoch * len(pairs) + step
         rate = training.learning_rate(number, len(pairs))
@@ -329,6 +330,13 @@ def _look(training: Training, finite: list[Tensor], number: int, rate: float) ->
         raise DivergenceError(training.epoch + 1, number + 1 - back, heads, rate)
 
 
+def check_left(training: Training, finite: list[Tensor], steps: int) -> None:
+    """Look at the steps since the last look, where an epoch of so many ends early."""
+    if finite:
+        number = training.epoch * steps + training.step - 1
+        _look(training, finite, number, training.learning_rate(number, steps))
+
+
 def _end_epoch(training: Training, steps: int, seconds: float) -> None:
     """Look for collapsed heads and write the history."""
     rate = training.learning_rate((training.epoch + 1) * steps - 1, steps)
@@ -363,6 +371,9 @@ def rewind(training: Training, good: dict, steps: int) -> dict:
         training.restore(good)
         with distributed.alone():
             run_epoch(training, until=steps)
+        for of_steps in (training.losses, training.gradient_norm):  # not looked at on a GPU
+            if not of_steps.isfinite().all():
+                raise FloatingPointError("a step was not finite")
         return training.capture()
     except Exception as error:
         back = f"the state goes back to step {good['step']} of the epoch: {error}"

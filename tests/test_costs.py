@@ -315,3 +315,8 @@ def test_a_size_that_a_backbone_does_not_take_is_refused():
         flops_per_image("dinov2_vits14", 100)
     with pytest.raises(ValueError, match="image_size=13: a multiple of 14 is allowed"):
         temi.estimate_costs(1000, "dinov2_vits14@13")
+
+
+def test_a_number_of_images_that_numpy_computed():
+    expected = temi.estimate_costs(1000)
+    pd.testing.assert_frame_equal(temi.estimate_costs(np.int64(1000)), expected)

@@ -379,8 +379,9 @@ def test_new_images_are_noticed_before_they_are_embedded(photos, tmp_path, monke
     monkeypatch.setattr(temi.parameters, "embed", lambda *_, **__: 1 / 0)
     for more in ([], ["--resume", "auto"]):
         assert main([*command, *more]) == 1
-        message = "holds a run with other images (1 new: new.png; 1 gone: 0000.png); give overwrite"
-        assert message in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "holds a run with other images (1 new: new.png; 1 gone: 0000.png); give" in message
+        assert "resume" not in message  # which does not help
     with pytest.raises(ZeroDivisionError):
         main([*command, "--overwrite"])
 
@@ -405,3 +406,12 @@ def test_a_terminal_that_cannot_show_a_name(photos, tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     assert rb"\u7d44" in done.stdout
     assert (tmp_path / "\u7d44" / "gallery.html").exists()
+
+
+def test_a_run_beside_train_and_test_is_not_among_the_images(photos, tmp_path, capsys):
+    for part in ("train", "test"):
+        shutil.copytree(photos, tmp_path / "work" / part)
+    command = ["train", str(tmp_path / "work"), "--split", "both", "--num-clusters", "4", *QUICK]
+    for inside, status in (("runs/a", 0), ("train/a", 1), ("", 1)):
+        assert main([*command, "--run-dir", str(tmp_path / "work" / inside)]) == status
+        assert ("lies among the images" in capsys.readouterr().err) == bool(status)

@@ -85,6 +85,18 @@ def test_new_images_are_held_against_some_of_those_trained_on_at_a_time(
     pd.testing.assert_frame_equal(table.drop(columns="outlier"), expected.drop(columns="outlier"))
 
 
+def test_a_run_on_some_of_the_rows_knows_no_distances(trained, tmp_path):
+    _, features, root = trained
+    some = dataclasses.replace(features, x=features.x[:500], ids=features.ids[:500])
+    config = temi.TrainConfig(num_clusters=10, num_heads=2, epochs=1)
+    run = temi.train(some, config, progress=False)
+    folder = write(tmp_path / "new", DIGITS.images[KNOWN : KNOWN + 20])
+    with pytest.warns(UserWarning, match="left out: the run was trained on 500 of 600 rows"):
+        table = run.predict(str(folder), data_dir=root / "data", progress=False)
+    assert len(table) == 20
+    assert table[["distance", "similarity", "outlier"]].isna().all(axis=None)
+
+
 def test_noise_is_an_outlier(trained, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (20, 8, 8), dtype=np.uint8)
     table = predict(trained, write(tmp_path / "noise", noise))

@@ -369,6 +369,7 @@ def test_images_that_are_gone_at_the_end_cost_the_picture_alone(tmp_path):
     with pytest.raises(ValueError, match=r"lies among the images, and its clusters\.png would be"):
         start(tmp_path / "photos" / "run", config, features, images=images)
     assert not (tmp_path / "photos" / "run").exists()
+    start(tmp_path / "photos" / ".temi" / "run", config, features, images=images)  # never listed
     shutil.rmtree(tmp_path / "photos")
     with pytest.warns(UserWarning, match=r"clusters\.png is left out"):
         start(tmp_path / "run", config, features, images=images)

@@ -463,8 +463,11 @@ def test_embeddings_of_another_backbone_are_refused(tmp_path):
     np.testing.assert_array_equal(labels, run.labels)
     np.testing.assert_array_equal(run.predict(x), run.labels)  # of which nothing is known
     np.testing.assert_array_equal(run.predict(Features.from_array(x)), run.labels)
+    renamed = Features(x, range(120), known | {"backbone": "dinov2_vits14@224"})  # the same one
+    np.testing.assert_array_equal(run.predict(renamed), run.labels)
     for key in ("backbone", "weights", "preprocessing"):
-        other = Features(x, range(120), known | {key: "another"})
+        named = known if key != "backbone" else {"dataset": "d", "backbone": "dinov2_vits14"}
+        other = Features(x, range(120), named | {key: "another"})
         for ask in (run.predict, run.inputs, partial(assignments, run)):
             with pytest.raises(ValueError, match=f"{key} 'another' here, '{known[key]}' in the"):
                 ask(other)

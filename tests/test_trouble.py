@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,45 @@ def test_a_gpu_is_looked_at_now_and_then():
     with pytest.raises(DivergenceError, match=r"epoch 3, step 26 .* of head 1 "):
         temi.training._look(training, list(finite), 29, 1e-3)
     assert training.step == 6
+
+
+class Elsewhere:
+    """Rows as on a GPU, where not every step is looked at; those of one step are not finite."""
+
+    device = SimpleNamespace(type="elsewhere")
+
+    def __init__(self, x: torch.Tensor, bad: int):
+        self.x, self.left = x, bad
+
+    def __getitem__(self, rows):
+        self.left -= 1
+        return self.x[rows] * (torch.nan if self.left == 0 else 1)
+
+
+@pytest.fixture
+def unlooked():
+    """A training whose third step is not finite, which nobody looks at before the epoch ends."""
+    x = torch.from_numpy(BLOBS).float()
+    config = dataclasses.replace(SMALL, num_clusters=4, batch_size=24).resolve(len(x))
+    near, _ = temi.nearest_neighbors(x, config.num_neighbors)
+    training = temi.training.Training(x, near, config, {"block": None}, 10**9)
+    training.x = Elsewhere(x, bad=3)
+    return training
+
+
+def test_a_bad_step_before_a_signal_is_found(unlooked):
+    asked = iter([None] * 5)
+    signals = type("", (), {"received": property(lambda _: next(asked, signal.SIGINT))})()
+    with pytest.raises(DivergenceError, match=r"epoch 1, step 2 \(from 0\)"):
+        temi.training.run_epoch(unlooked, signals)
+    assert unlooked.step == 2  # so many are done
+
+
+def test_a_bad_step_before_an_error_is_not_kept(unlooked, capsys):
+    good = unlooked.capture()
+    unlooked.restore = lambda _: None  # onto the device that there is not
+    assert temi.training.rewind(unlooked, good, 5) is good
+    assert "a step was not finite" in capsys.readouterr().out
 
 
 def raise_after(original, number: int, at_once: bool):
