@@ -198,7 +198,7 @@ def check_same_backbone(manifest: dict, trained: dict) -> None:
     Where they name none, in the backbone. One's own embeddings may be of any.
     """
     for space, known in zip(spaces_of(manifest), spaces_of(trained), strict=False):
-        if "own" in (space["backbone"], known["backbone"]):
+        if "own" in (space.get("backbone", "own"), known.get("backbone", "own")):
             continue
         keys = [key for key in ("weights", "preprocessing") if key in space and key in known]
         for key in keys or ["backbone"]:  # which may be called NAME or NAME@SIZE
