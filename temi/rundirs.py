@@ -119,18 +119,16 @@ def plan_run(
         del settings["batch_size"]
         resolved = replace(resolved, batch_size=config.batch_size)
     place = find_place(run_dir, settings, job)
+    holds = f"run_dir={str(run_dir)!r}: holds a run with"
     if isinstance(data, Features):
         check_origin(place, job, data.manifest, None)
     elif place.replaces and not (job.resume or job.overwrite):
         made_from = read_json(run_dir / RESULTS)["provenance"]["features"]
         before = made_from.get("job", job.source)  # nothing is known of what Python embedded
         now = dict.fromkeys(before) | job.source
-        holds = f"run_dir={str(run_dir)!r}: holds a run with"
         _refuse(differences(before, now, "dataset", "labels"), holds)  # labels score, no more
     if isinstance(data, ImageSet) and not job.overwrite:
-        _refuse(
-            _other_images(place, data), f"run_dir={str(run_dir)!r}: holds a run with", data=True
-        )
+        _refuse(_other_images(place, data), holds, data=True)
     check_writable("run_dir", run_dir.parent)
     return resolved, run_dir
 
@@ -159,7 +157,9 @@ def _other_images(place: Place, images: ImageSet) -> list[str]:
     elif not place.replaces:
         return []
     try:
-        table = pd.read_csv(run_dir / "assignments.csv", dtype={"path": str}, keep_default_na=False)
+        table = pd.read_csv(
+            run_dir / "assignments.csv", usecols=["path"], dtype=str, keep_default_na=False
+        )
         left_out = read_json(run_dir / RESULTS)["provenance"]["features"].get("unreadable", ())
     except (OSError, ValueError, KeyError):  # missing or damaged: nothing says which they were
         return []

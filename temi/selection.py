@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 
 import numpy as np
 import pandas as pd
@@ -11,6 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score
 from tqdm import tqdm
 
+from temi.checks import is_whole
 from temi.embeddings import Features, as_array, mean_embedding, normalize, principal_axes
 from temi.metrics import silhouette
 
@@ -106,7 +106,7 @@ def suggest_num_clusters(
     if not len(candidates):
         raise ValueError("candidates: none; give one or more, or None")
     for clusters in candidates:
-        if not isinstance(clusters, Integral) or not 2 <= clusters <= half:
+        if not is_whole(clusters) or not 2 <= clusters <= half:
             raise ValueError(
                 f"candidates: {clusters!r}; whole numbers from 2 to {half} are allowed with "
                 f"{len(x)} images"
